@@ -1,0 +1,42 @@
+# Two commands for newcomers: `make quickstart` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+TORCH  := $(shell grep '^torch==' constraints.txt)
+ARGS   ?=
+
+.PHONY: help setup quickstart test lint format lab clean
+help:            ## list the commands
+	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/: .*## */\t/' | expand -t 14
+
+# torch first, from its pin alone: every later requirement is then satisfied and nothing pulls a CUDA build.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "minituner needs Python 3.11 or newer; try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Setting up $(VENV) (once; two to five minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+setup: $(VENV)/.ready   ## the virtual environment, pinned packages, this package
+
+quickstart: setup ## from nothing to your own assistant (ARGS="--name Ada")
+	$(BIN)/minituner quickstart $(ARGS)
+
+test: setup      ## the whole test suite, notebooks included
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/notebooks/sanitize.cfg notebooks
+
+lint: setup      ## ruff: style and likely mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup    ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lab: setup       ## JupyterLab in notebooks/
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+clean:           ## remove the environment and caches (never work_dirs/)
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist

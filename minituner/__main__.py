@@ -1,0 +1,5 @@
+"""`python -m minituner` is the command line."""
+
+from minituner.cli import main
+
+main()

@@ -1,0 +1,195 @@
+"""The command line: one thin command per verb, each calling a function that a notebook can call too.
+
+Heavy imports live inside the commands, so `minituner --help` answers at once. An error is a message, not a traceback
+(`--debug` shows it), and the exit status is 0 only when the work is done:
+
+    0 done   1 failed   2 wrong recipe, data or usage   75 stopped early, checkpoint saved   130 interrupted
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minituner.errors import MinitunerError, UsageError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="minituner: fine-tune language models, and see and prove that training is right.",
+)
+convert_app = typer.Typer(no_args_is_help=True, help="Turn checkpoints and adapters into folders for other programs.")
+app.add_typer(convert_app, name="convert")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (minituner list-cfg) or a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, each key.path=value.", metavar="[KEY=VALUE]...")]
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        from minituner import __version__
+
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(
+    name: Annotated[str, typer.Option(help="Whose assistant it is to be.")] = "Alex",
+    author: Annotated[str | None, typer.Option(help="Who made it (default: the same).")] = None,
+    work_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("work_dirs/quickstart"),
+    lang: Annotated[str, typer.Option(help="Language of the data: en, zh or both.")] = "en",
+    overrides: Overrides = None,
+) -> None:
+    """From nothing to your own assistant: model, data, training, before and after."""
+    from minituner.quickstart import quickstart as run
+
+    run(name, author, work_dir, lang=lang, overrides=tuple(overrides or ()))
+
+
+@app.command("list-cfg")
+def list_cfg(
+    pattern: Annotated[str | None, typer.Option("--pattern", "-p", help="Show names that contain this.")] = None,
+) -> None:
+    """List the shipped recipes."""
+    from minituner.catalog.lookup import list_recipes
+
+    names = list_recipes(pattern)
+    if not names:
+        raise UsageError(f"no recipe's name contains {pattern!r}", next_command="minituner list-cfg")
+    print("\n".join(names))
+
+
+@app.command("copy-cfg")
+def copy_cfg(
+    recipe: RecipeArgument,
+    folder: Annotated[Path, typer.Argument(help="Where to write NAME.yaml.")] = Path("."),
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write a recipe as YAML with every field explained, to edit."""
+    from minituner.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    path = folder / f"{loaded.name}.yaml"
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists", fix="choose another folder, or --force")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(loaded.dump_commented(), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", fix="choose a folder you can write to") from None
+    print(path)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    work_dir: Annotated[Path | None, typer.Option(help="Default: work_dirs/<recipe name>.")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto, or a checkpoint's folder.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, prepare the data, and stop.")] = False,
+) -> None:
+    """Train by a recipe."""
+    from minituner.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    if dry_run:
+        from minituner.train.dry_run import dry_run as look
+
+        look(loaded)
+        return
+    from minituner.train.loop import train as run
+
+    run(loaded, work_dir, resume=resume)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="An hf/ folder, a model's folder, or a catalog name.")],
+    prompt: Annotated[str | None, typer.Option(help="Ask this once and leave.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter to put on MODEL.")] = None,
+    template: Annotated[str | None, typer.Option(help="native, or a key of list-templates.")] = None,
+    system: Annotated[str | None, typer.Option(help="System text.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more varied.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this share.")] = 0.9,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Talk to a model, exactly the way it was trained."""
+    from minituner.chat.session import open_session
+    from minituner.chat.terminal import run, show
+
+    session = open_session(
+        model,
+        adapter=adapter,
+        template=template,
+        system=system,
+        trust_remote_code=trust_remote_code,
+        say=lambda line: print(line, file=sys.stderr),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+    )
+    if prompt is None:
+        run(session)
+    else:
+        session.ask(prompt, stream=show)
+        print()
+
+
+@convert_app.command("merge")
+def convert_merge(
+    adapter: Annotated[Path, typer.Argument(help="The hf/ folder of a LoRA run.")],
+    out: Annotated[Path, typer.Argument(help="Where the full model goes.")],
+    base: Annotated[str | None, typer.Option(help="The base model, if not the one training used.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Make an adapter part of its base model, and prove that both say the same."""
+    from minituner.export.merge import merge
+
+    merge(adapter, out, base=base, overwrite=overwrite)
+
+
+def main() -> None:
+    """The console script: run the command, turn errors into messages and exit codes."""
+    debug = "--debug" in sys.argv[1:]
+    if debug:
+        sys.argv.remove("--debug")  # so that it may stand anywhere
+    try:
+        app()
+    except MinitunerError as error:
+        if debug:
+            raise
+        print(f"minituner: {error.text()}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("minituner: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe (head, less) has left
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        print(
+            f"minituner: unexpected {type(error).__name__}: {error}\n  next: run it again with --debug", file=sys.stderr
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

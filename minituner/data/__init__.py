@@ -1,0 +1,39 @@
+"""The data's side of the walk: records, conversations, templates, labels, packs. Lessons: notebooks 01 to 04."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Conversation": "conversation",
+    "Message": "conversation",
+    "to_turns": "conversation",
+    "from_turns": "conversation",
+    "to_conversation": "formats",
+    "detect_format": "formats",
+    "FORMATS": "formats",
+    "read_records": "records",
+    "Segment": "templates",
+    "render": "templates",
+    "encode": "encoding",
+    "encode_many": "encoding",
+    "encode_prompt": "encoding",
+    "pack": "packing",
+    "load_tokenized": "tokenized",
+    "write_tokenized": "tokenized",
+    "prepare": "prepare",
+    "collate": "collate",
+    "Ledger": "ledger",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used, so that the command line starts fast."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    # `prepare` and `collate` are functions in modules of the same name: keep the function.
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""Ways out: folders that transformers, peft, vLLM and LMDeploy read. Lesson: notebook 09."""

@@ -1,0 +1,91 @@
+"""Generating answers: prompt ids in, answer ids out, stopping exactly where training taught the model to stop.
+
+Prompts of different lengths are padded on the left and masked by length, so a whole list is answered in one batch. The
+attention implementation is plain SDPA meanwhile (a cache, one document a row). Lesson: notebook 09.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from minituner.model.attention import for_generation
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: tuple[list[int], list[str]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    stream: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Answer each prompt; returns the new ids of each, without the stop token.
+
+    Args:
+        stop: token ids and texts that end an answer (`minituner.data.encoding.stop_rule`).
+        temperature: 0 takes the likeliest token each time; above 0 draws.
+        stream: called with each new id (one prompt only).
+    """
+    from transformers import GenerationConfig
+
+    stop_ids, stop_texts = stop
+    longest = max(map(len, prompts))
+    pad = stop_ids[0] if stop_ids else 0
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        eos_token_id=stop_ids or None,
+        pad_token_id=pad,
+        use_cache=True,
+        repetition_penalty=repetition_penalty,
+        **({"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}),
+    )
+    if stop_texts:
+        config.stop_strings = list(stop_texts)
+    was_training = model.training
+    model.eval()
+    try:
+        with for_generation(model):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                tokenizer=tokenizer if stop_texts else None,
+                streamer=_Streamer(stream, stop_ids) if stream else None,
+            )
+    finally:
+        model.train(was_training)
+    return [_until_stop(row[longest:].tolist(), stop_ids) for row in out]
+
+
+def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    return next((ids[:at] for at, token in enumerate(ids) if token in stop_ids), ids)
+
+
+class _Streamer:
+    """What transformers' generate calls with the prompt first, then with each new token."""
+
+    def __init__(self, stream: Callable[[int], None], stop_ids: Sequence[int]) -> None:
+        self.stream, self.stop_ids, self.prompt_seen = stream, stop_ids, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt_seen:
+            for token in value.reshape(-1).tolist():
+                if token not in self.stop_ids:
+                    self.stream(token)
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,143 @@
+"""Loading: a folder becomes a model and a tokenizer, in a data type this machine is fast in.
+
+On a CPU without matrix units for it, bfloat16 is several times *slower* than float32, and asking the CPU for its
+features does not tell. So `auto` times one small matrix product in each type and takes the faster. Frozen or not, what
+is trained (adapters, or all weights) stays in float32 unless the recipe names a type. Lesson: notebook 05.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minituner.errors import MinitunerError, UsageError
+from minituner.model import attention
+from minituner.recipe import MethodSection, ModelSection
+
+
+def device_of_this_machine() -> str:
+    """`cuda` if there is a usable GPU, else `cpu` (Apple's mps has no float32-exact attention path and is not used)."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@lru_cache(maxsize=8)
+def fast_dtype(device: str) -> tuple[torch.dtype, str]:
+    """The faster of float32 and bfloat16 on this device, and a sentence with the measurement."""
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "this GPU computes bfloat16 natively"
+        return torch.float32, "this GPU has no bfloat16; float16 would need loss scaling"
+    speed = {dtype: _gemm_speed(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    text = ", ".join(f"{str(dtype).removeprefix('torch.')} {value / 1e9:.0f}" for dtype, value in speed.items())
+    best = torch.bfloat16 if speed[torch.bfloat16] > 1.2 * speed[torch.float32] else torch.float32
+    return best, f"measured GFLOP/s on this CPU: {text}"
+
+
+def _gemm_speed(dtype: torch.dtype, size: int = 256) -> float:
+    """Floating-point operations per second of a (size, size) matrix product, the best of two after a warm-up."""
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times[1:])
+
+
+def resolve_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
+    """The torch data type for a recipe's `model.dtype`, and why."""
+    if name == "auto":
+        return fast_dtype(device)
+    return getattr(torch, name), "as the recipe says"
+
+
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        MinitunerError: the folder has none, or it is broken.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise MinitunerError(
+            f"cannot load a tokenizer from {folder}: {str(error).splitlines()[0]}",
+            fix="the folder needs tokenizer.json (or the tokenizer's own files) beside config.json",
+        ) from None
+
+
+def load_model(
+    folder: str | Path,
+    model: ModelSection,
+    method: MethodSection,
+    *,
+    one_document_rows: bool = False,
+    device: str | None = None,
+) -> tuple[Any, str, list[str]]:
+    """The model on its device, the attention implementation, and sentences that say what was chosen and why.
+
+    Raises:
+        UsageError: settings that do not go together, or a method that needs a package that is not installed.
+        MinitunerError: the folder cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = device or device_of_this_machine()
+    dtype, why_dtype = resolve_dtype(model.dtype, device)
+    implementation, why_attention = attention.choose(
+        model.attention, one_document_rows=one_document_rows, device=device
+    )
+    attention.register()
+    quantization = _quantization(method.name, dtype)
+    # Full fine-tuning updates the weights themselves: in bfloat16 small updates round away, so masters are float32.
+    weights = torch.float32 if method.name == "full" and model.dtype == "auto" else dtype
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=weights,
+            attn_implementation=implementation,
+            trust_remote_code=model.trust_remote_code,
+            quantization_config=quantization,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise MinitunerError(
+            f"cannot load a model from {folder}: {str(error).splitlines()[0]}",
+            fix="check that the folder holds config.json and safetensors weights of a causal language model",
+            next_command="minituner doctor",
+        ) from None
+    loaded.config.use_cache = False
+    if quantization is None:
+        loaded.to(device)
+    notes = [
+        f"dtype {str(weights).removeprefix('torch.')}: {why_dtype}",
+        f"attention {implementation}: {why_attention}",
+        f"device {device}",
+    ]
+    return loaded, implementation, notes
+
+
+def _quantization(method: str, dtype: torch.dtype) -> Any:
+    """bitsandbytes settings for QLoRA (NF4, double quantisation) or 8-bit LoRA; None for the rest."""
+    if method not in ("qlora", "int8_lora"):
+        return None
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"method.name={method} needs the package bitsandbytes",
+            fix="install it, or use method.name=lora",
+            next_command="pip install 'minituner[quantization]'",
+        )
+    from transformers import BitsAndBytesConfig
+
+    if method == "int8_lora":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )

@@ -1,0 +1,52 @@
+"""The loss, computed only where there is something to learn.
+
+Logits are the largest tensor of a small model: (T, vocabulary). Positions without a target need none, so their hidden
+states never reach the head:
+
+    hidden (1, T, H) --keep supervised--> (S, H) --head--> logits (S, V) --cross-entropy--> a sum, in fp32
+
+The result is a *sum* over supervised tokens. Dividing by their number over the whole accumulation window (and over all
+ranks) is the loop's job; dividing here, per micro-batch, is the fault that weights short micro-batches too heavily.
+Lesson: notebook 05.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from minituner.data.collate import Batch
+from minituner.data.encoding import IGNORE
+from minituner.model.attention import packed_kwargs
+
+
+def loss_sum(model: Any, batch: Batch, implementation: str) -> torch.Tensor:
+    """Cross-entropy summed over the batch's supervised tokens, a float32 scalar.
+
+    A batch without any keeps its place in the graph and is exactly 0, so it changes nothing.
+    """
+    keep = (batch.shift_labels[0] != IGNORE).nonzero().squeeze(1)
+    targets = batch.shift_labels[0, keep]
+    if not len(keep):
+        keep = keep.new_zeros(1)
+    selects = accepts_logits_to_keep(model)
+    output = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        **({"logits_to_keep": keep} if selects else {}),
+        **packed_kwargs(batch, implementation),
+    )
+    logits = output.logits[0] if selects else output.logits[0, keep]
+    if not len(targets):
+        return logits.float().sum() * 0.0
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def accepts_logits_to_keep(model: Any) -> bool:
+    """True if the model can compute logits at chosen positions only (nearly all decoders in transformers 5 can)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters

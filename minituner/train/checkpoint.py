@@ -1,0 +1,212 @@
+"""Checkpoints: complete, or not there.
+
+    checkpoints/step-000100/
+        model.safetensors       the trained weights, by parameter name
+        optimizer.safetensors   AdamW's averages, and the random generators' states
+        state.json              step and counters
+        manifest.json           size and sha256 of every file above, written last
+    latest                      name of the newest complete checkpoint
+
+Everything is written into a folder beside the final one, flushed to disk, renamed, and only then does `latest` move;
+old ones are removed last. A kill at any moment leaves the previous checkpoint whole. No pickle: safetensors and JSON.
+Lesson: notebook 07.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minituner.errors import MinitunerError, UsageError
+
+NAME = re.compile(r"step-\d{6,}")
+MANIFEST = "manifest.json"
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    path: Path
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def save(
+    work_dir: Path,
+    step: int,
+    weights: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    keep_last: int = 2,
+) -> Path:
+    """Write the checkpoint of `step` and return its folder.
+
+    Raises:
+        MinitunerError: the disk is full or cannot be written; earlier checkpoints are untouched.
+    """
+    from safetensors.torch import save_file
+
+    folder = work_dir / "checkpoints" / f"step-{step:06d}"
+    aside = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(_plain(weights), aside / "model.safetensors")
+        save_file(_plain({**optimizer, **_random_states()}), aside / "optimizer.safetensors")
+        (aside / "state.json").write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
+        manifest = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for file in (*aside.iterdir(), aside):
+            _flush(file)
+        if folder.exists():  # the same step saved again: move the old one out of the way first
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(aside, folder)
+        _flush(folder.parent)
+        _point(work_dir, folder.name)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise MinitunerError(
+            f"cannot write the checkpoint {folder}: {error.strerror or error}",
+            why=f"{shutil.disk_usage(work_dir).free / 1e9:.2f} GB are free there; earlier checkpoints are whole",
+            fix="make room or choose another --work-dir, then resume",
+            next_command="minituner train RECIPE --resume auto",
+        ) from None
+    _rotate(folder.parent, folder.name, keep_last)
+    return folder
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    states = {"random/torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random/cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _point(work_dir: Path, name: str) -> None:
+    """Move `latest`, atomically."""
+    aside = work_dir / ".latest.part"
+    aside.write_text(name + "\n", encoding="utf-8")
+    _flush(aside)
+    os.replace(aside, work_dir / "latest")
+    _flush(work_dir)
+
+
+def _rotate(folder: Path, newest: str, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints, and left-overs of interrupted saves."""
+    names = sorted(p.name for p in folder.iterdir() if NAME.fullmatch(p.name) and p.name <= newest)
+    for name in names[:-keep_last]:
+        shutil.rmtree(folder / name)
+    for rest in folder.glob(".step-*"):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None if every file is as its manifest says."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, facts in manifest.items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["size"] or _sha256(file) != facts["sha256"]:
+                return f"{name} is damaged (its sha256 differs from the manifest)"
+    except FileNotFoundError:
+        return "no manifest.json: the save did not finish"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read: {error}"
+    return None
+
+
+def find(work_dir: Path, resume: str | Path, say: Callable[[str], None]) -> Path:
+    """The folder to resume from: `auto` is the newest whole checkpoint (damaged ones are passed over aloud).
+
+    Raises:
+        UsageError: there is none, or the one asked for by path is not whole.
+    """
+    if str(resume) != "auto":
+        folder = Path(resume)
+        if folder.is_dir() and not (folder / MANIFEST).exists() and (folder / "latest").is_file():
+            folder = folder / "checkpoints" / (folder / "latest").read_text(encoding="utf-8").strip()
+        if wrong := problem(folder):
+            raise UsageError(f"cannot resume from {folder}: {wrong}", fix="--resume auto takes the newest whole one")
+        return folder
+    place = work_dir / "checkpoints"
+    names = sorted((p.name for p in place.glob("step-*") if NAME.fullmatch(p.name)), reverse=True)
+    for name in names:
+        wrong = problem(place / name)
+        if wrong is None:
+            return place / name
+        say(f"passing over checkpoint {name}: {wrong}")
+    raise UsageError(
+        f"--resume auto: no whole checkpoint under {place}",
+        fix="leave --resume out to start from the beginning",
+    )
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint; `find` has already checked it against its manifest."""
+    from safetensors.torch import load_file
+
+    return Checkpoint(
+        path=folder,
+        weights=load_file(folder / "model.safetensors"),
+        optimizer=load_file(folder / "optimizer.safetensors"),
+        state=json.loads((folder / "state.json").read_text(encoding="utf-8")),
+    )
+
+
+def restore_random_states(optimizer: Mapping[str, torch.Tensor]) -> None:
+    """Set the random generators back to where they were."""
+    torch.set_rng_state(optimizer["random/torch"])
+    if "random/cuda" in optimizer and torch.cuda.is_available():
+        torch.cuda.set_rng_state(optimizer["random/cuda"])
+
+
+def load_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy saved weights into the trainable parameters of the same names.
+
+    Raises:
+        UsageError: the names differ: the checkpoint belongs to another recipe.
+    """
+    from minituner.model.adapters import trainable_parameters
+
+    parameters = trainable_parameters(model)
+    if set(parameters) != set(weights) or any(parameters[n].shape != weights[n].shape for n in parameters):
+        raise UsageError(
+            "this checkpoint was made with other trainable parameters than the recipe has",
+            why=f"{len(weights)} tensors saved, {len(parameters)} in the recipe's model; names or shapes differ",
+            fix="resume with the recipe.yaml in the run's folder",
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])

@@ -1,0 +1,28 @@
+"""Shared fixtures: a cache of its own for every test, and a tiny model built once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_folder, write_chats
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny model and tokenizer."""
+    return tiny_folder(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder that only this test sees."""
+    monkeypatch.setenv("MINITUNER_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """Twelve small chats."""
+    return write_chats(tmp_path / "chats.jsonl")
