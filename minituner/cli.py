@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from minituner.cli_data import data_app
+from minituner.cli_plan import bench_app
 from minituner.errors import MinitunerError, UsageError
 
 app = typer.Typer(
@@ -25,6 +27,8 @@ app = typer.Typer(
 )
 convert_app = typer.Typer(no_args_is_help=True, help="Turn checkpoints and adapters into folders for other programs.")
 app.add_typer(convert_app, name="convert")
+app.add_typer(data_app)  # inspect, check, list-formats, list-templates, tokenize, data-order
+app.add_typer(bench_app, name="bench")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (minituner list-cfg) or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, each key.path=value.", metavar="[KEY=VALUE]...")]
@@ -171,11 +175,10 @@ def main() -> None:
         sys.argv.remove("--debug")  # so that it may stand anywhere
     try:
         app()
-    except MinitunerError as error:
-        if debug:
-            raise
-        print(f"minituner: {error.text()}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer turns Ctrl-C into this
+            print("minituner: interrupted", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("minituner: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -184,11 +187,25 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         if debug:
-            raise
-        print(
-            f"minituner: unexpected {type(error).__name__}: {error}\n  next: run it again with --debug", file=sys.stderr
+            import traceback
+
+            traceback.print_exc()
+        print(f"minituner: {_message(error)}", file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, MinitunerError) else 1)
+
+
+def _message(error: Exception) -> str:
+    """What to tell a person about an error, whoever raised it."""
+    if isinstance(error, MinitunerError):
+        return error.text()
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        return (
+            f"{error.strerror or error}{where}\n"
+            "  fix:  see that the place exists, can be written and has room (df -h); nothing half-written is used\n"
+            "  next: run it again with --debug to see where it happened"
         )
-        sys.exit(1)
+    return f"unexpected {type(error).__name__}: {error}\n  next: run it again with --debug to see where it happened"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ Nothing here is special: every step is a function or command that can be called 
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,29 +64,27 @@ def quickstart(
     data = make_data(work_dir / "data" / "personal_assistant.json", name, author or name, lang)
     say(f"     written to {data}")
     settings = [
-        f"data.sources.0.path={data}",
-        f"evaluate.identity={_quoted(name)}",
+        f"data.sources.0.path={_quoted(str(data))}",
+        f"evaluate.identity={_quoted(name.strip())}",
         f"evaluate.identity_language={lang}",
+        f"evaluate.prompts={_quoted(PROMPTS)}",
     ]
     recipe = Recipe.load(RECIPE, [*settings, *overrides])
-    recipe.evaluate.prompts = PROMPTS
     say(f"2/3  training by the recipe {RECIPE}")
     result = train(recipe, work_dir, say=say)
     say("3/3  before and after")
-    first, last = result.answers[min(result.answers)], result.answers[max(result.answers)]
+    first, last = (result.answers.get(chosen(result.answers, default=0), []) for chosen in (min, max))
     for (prompt, before), (_, after) in zip(first, last, strict=True):
         say(f"\n  > {prompt}\n    before: {before}\n    after:  {after}")
     loop_seconds = sum(step["seconds"] for step in result.metrics)
     say(f"\ntraining took {loop_seconds:.0f} s for {result.steps} steps; the whole run {result.seconds:.0f} s")
     say("\nGo on:")
-    say(f"  minituner chat {result.hf}")
-    say(f"  minituner convert merge {result.hf} {work_dir / 'merged'}")
+    say(f"  minituner chat {shlex.quote(str(result.hf))}")
+    say(f"  {shlex.join(['minituner', 'convert', 'merge', str(result.hf), str(work_dir / 'merged')])}")
     say("  make lab          # the notebooks")
     return result
 
 
-def _quoted(text: str) -> str:
-    """A name as a YAML string, whatever it looks like (`yes`, `1`, `a: b`)."""
-    import json
-
-    return json.dumps(text, ensure_ascii=False)
+def _quoted(value: str | list[str]) -> str:
+    """Text as YAML reads it back, whatever it looks like (`yes`, `1`, `a: b`)."""
+    return json.dumps(value, ensure_ascii=False)

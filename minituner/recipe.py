@@ -25,7 +25,7 @@ from minituner.errors import UsageError, nearest
 class Section(BaseModel):
     """A group of settings; unknown keys are refused, and assignment is checked like loading."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -231,13 +231,15 @@ class Recipe(Section):
             from minituner.catalog.lookup import compose
 
             values, origin = compose(text), f"recipe {text!r}"
-        for key, value in _parse_overrides(overrides):
-            _set(values, key, value)
-        return cls.from_values(values, origin)
+        return cls.from_values(values, origin, overrides)
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any], origin: str = "recipe") -> Recipe:
-        """Check a plain mapping and return the recipe; every problem is in the one error."""
+    def from_values(
+        cls, values: dict[str, Any], origin: str = "recipe", overrides: Iterable[str] | Mapping[str, Any] = ()
+    ) -> Recipe:
+        """Apply overrides to a plain mapping, check it and return the recipe; every problem is in the one error."""
+        for key, value in _parse_overrides(overrides):
+            _set(values, key, value)
         try:
             return cls.model_validate(values)
         except ValidationError as error:

@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny import tiny_folder, write_chats
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Matrices this small are done before a second thread has started; on a busy machine waiting for it takes ages."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

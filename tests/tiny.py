@@ -50,7 +50,10 @@ def tiny_model(seed: int = 0, *, tie: bool = True, layers: int = 2) -> Any:
         eos_token_id=258,
         pad_token_id=258,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    # transformers zeroes the pad token's row; here it is the stop token's too, which could then never be answered.
+    torch.nn.init.normal_(model.model.embed_tokens.weight.data[258], std=0.2)
+    return model
 
 
 def tiny_folder(folder: Path, **options: Any) -> Path:
@@ -71,7 +74,7 @@ def write_chats(path: Path, count: int = 12) -> Path:
     return path
 
 
-def tiny_recipe(folder: Path, data: Path, **sections: dict[str, Any]) -> Any:
+def tiny_recipe(folder: Path, data: Path, /, **sections: dict[str, Any]) -> Any:
     """A recipe over the tiny model: LoRA on everything, packs of 128, float32."""
     from minituner import Recipe
 

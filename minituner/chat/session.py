@@ -14,9 +14,9 @@ from typing import Any
 
 from minituner.data.conversation import Conversation, Message
 from minituner.data.encoding import encode_prompt, stop_rule
-from minituner.errors import MinitunerError, UsageError
-from minituner.model.generate import generate
-from minituner.train.hf_folder import facts_of
+from minituner.errors import UsageError
+from minituner.model.generate import answer_text, generate
+from minituner.train.hf_folder import base_of, facts_of, put_adapter_on
 
 
 @dataclass
@@ -54,19 +54,23 @@ class ChatSession:
                 f"the conversation ({len(ids)} tokens) and {self.max_new_tokens} for the answer exceed {context}",
                 fix="start anew (RESET in the terminal), or lower --max-new-tokens",
             )
+        stop = stop_rule(self.tokenizer, self.template)
+        shown = _TextStream(self.tokenizer, stop, stream) if stream else None
         out = generate(
             self.model,
             self.tokenizer,
             [ids],
-            stop=stop_rule(self.tokenizer, self.template),
+            stop=stop,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             repetition_penalty=self.repetition_penalty,
-            stream=_TextStream(self.tokenizer, stream).put if stream else None,
+            stream=shown.put if shown else None,
         )
-        answer = self.tokenizer.decode(out[0], skip_special_tokens=True).strip()
+        answer = answer_text(self.tokenizer, out[0], stop)
+        if shown:
+            shown.finish(answer)
         self.messages += [Message("user", text), Message("assistant", answer)]
         return answer
 
@@ -76,17 +80,32 @@ class ChatSession:
 
 
 class _TextStream:
-    """Ids to text as it becomes readable: half a Chinese character is held back until its other bytes are there."""
+    """Ids to text as it becomes readable; the pieces, put together, are the answer.
 
-    def __init__(self, tokenizer: Any, stream: Callable[[str], None]) -> None:
-        self.tokenizer, self.stream, self.ids, self.shown = tokenizer, stream, [], 0
+    Held back until more is known: half a Chinese character, spaces that may be the last, the beginning of a stop text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[list[int], list[str]], stream: Callable[[str], None]) -> None:
+        self.tokenizer, self.stop, self.stream = tokenizer, stop, stream
+        self.ids: list[int] = []
+        self.shown = ""
 
     def put(self, token: int) -> None:
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            self.stream(text[self.shown :])
-            self.shown = len(text)
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip().rstrip("\ufffd")
+        for stop_text in self.stop[1]:
+            text = text.split(stop_text)[0]
+            begun = [n for n in range(1, len(stop_text)) if text.endswith(stop_text[:n])]
+            text = text[: -max(begun)] if begun else text
+        self._show(text.rstrip())
+
+    def finish(self, answer: str) -> None:
+        self._show(answer)
+
+    def _show(self, text: str) -> None:
+        if text != self.shown and text.startswith(self.shown):
+            self.stream(text[len(self.shown) :])
+            self.shown = text
 
 
 def open_session(
@@ -103,7 +122,8 @@ def open_session(
     """Load a model for chat: a catalog name, a full model's folder, or an adapter's `hf/` folder (its base is found).
 
     Raises:
-        UsageError: both `adapter` and a folder that is an adapter already. MinitunerError: it cannot be loaded.
+        UsageError: both `adapter` and a folder that is an adapter already; an adapter that is none, or is another
+            model's. MinitunerError: it cannot be loaded.
     """
     from minituner.model.loading import load_model, load_tokenizer
     from minituner.model.sources import fetch
@@ -114,6 +134,11 @@ def open_session(
         if adapter:
             raise UsageError(f"{model} is an adapter itself; give its base, or leave --adapter out")
         adapter, model = folder, base_of(folder)
+    elif adapter and not (Path(adapter) / "adapter_config.json").is_file():
+        raise UsageError(
+            f"--adapter {adapter} is not an adapter folder (it has no adapter_config.json)",
+            fix="give the hf/ folder of a finished LoRA run",
+        )
     facts = facts_of(Path(adapter)) if adapter else facts_of(folder)
     base = fetch(str(model), say=say)
     loaded, _, _ = load_model(
@@ -124,15 +149,7 @@ def open_session(
     )
     tokenizer = load_tokenizer(adapter or base, trust_remote_code=trust_remote_code)
     if adapter:
-        from peft import PeftModel
-
-        try:
-            loaded = PeftModel.from_pretrained(loaded, str(adapter))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise MinitunerError(
-                f"cannot load the adapter {adapter}: {str(error).splitlines()[0]}",
-                fix="give the hf/ folder of a finished run, and the base model it was trained on",
-            ) from None
+        loaded = put_adapter_on(loaded, Path(adapter), say)
     loaded.eval()
     return ChatSession(
         loaded,
@@ -141,15 +158,6 @@ def open_session(
         system=system if system is not None else facts.get("system"),
         **options,
     )
-
-
-def base_of(adapter: Path) -> str:
-    """The base model of an adapter folder: the name training used, else peft's record of it."""
-    import json
-
-    if base := facts_of(adapter).get("base"):
-        return base
-    return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def chat(model: str | Path, prompt: str, **options: Any) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 _HOME = {
@@ -34,6 +36,20 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    # `prepare` and `collate` are functions in modules of the same name: keep the function.
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Keeps functions named like their modules (`prepare`, `collate`), whichever import comes first.
+
+    Python's import machinery sets a submodule as an attribute of its package, over anything of that name.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOME and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -14,17 +14,17 @@ Lesson: notebook 03.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 
+from minituner.data.control_tokens import TokenizerFacts, free_mark, hide_control_tokens, reveal
 from minituner.data.conversation import Conversation
-from minituner.data.native import control_pattern, control_strings
 from minituner.data.templates import LossOn, Segment, render
-from minituner.errors import DataError
+from minituner.errors import DataError, UsageError
 
 IGNORE = -100
 KINDS = ("prompt", "answer", "text", "eos", "bos")
@@ -99,7 +99,17 @@ def encode_many(
     """Tokenise many conversations in one call of the tokenizer (which is what makes it fast); nothing is cut.
 
     `on_error(index, error)` is told about conversations that do not fit; they come back empty. Without it, raises.
+
+    Raises:
+        DataError: a conversation does not fit the template (only without `on_error`).
+        UsageError: no such template, or `loss_on` under XTuner's rules, which know only the assistant.
     """
+    if bos_policy == "xtuner" and loss_on != "assistant":
+        raise UsageError(
+            f"bos_policy xtuner trains every answer, and loss_on is {loss_on!r}",
+            fix="data.loss_on=assistant, or data.bos_policy=once",
+        )
+    facts = TokenizerFacts.of(tokenizer)
     pieces: list[list[_Piece]] = []
     for index, conversation in enumerate(conversations):
         try:
@@ -108,15 +118,15 @@ def encode_many(
 
                 pieces.append([_Piece(*piece) for piece in xtuner_pieces(conversation, tokenizer, template)])
             else:
-                pieces.append(_pieces(conversation, tokenizer, template, loss_on, allow_control_tokens, False))
+                pieces.append(_pieces(conversation, facts, template, loss_on, allow_control_tokens, False))
         except DataError as error:
             if on_error is None:
                 raise
             on_error(index, error)
             pieces.append([])
-    _tokenise([p for document in pieces for p in document if p.ids is None], tokenizer)
     bos = own_bos(tokenizer) if bos_policy == "once" else None
-    return [_assemble(document, bos if template != "native" or _is_text(document) else None) for document in pieces]
+    _tokenise([p for document in pieces for p in document if p.ids is None], facts)
+    return _assemble([_with_bos(d, bos) if template != "native" or _is_text(d) else d for d in pieces])
 
 
 def encode_prompt(
@@ -127,9 +137,11 @@ def encode_prompt(
     allow_control_tokens: bool = False,
 ) -> list[int]:
     """The ids that open the next answer: exactly the ids that training puts in front of that answer."""
-    pieces = _pieces(conversation, tokenizer, template, "assistant", allow_control_tokens, True)
-    _tokenise([p for p in pieces if p.ids is None], tokenizer)
-    return _assemble(pieces, None if template == "native" else own_bos(tokenizer)).input_ids.tolist()
+    facts = TokenizerFacts.of(tokenizer)
+    pieces = _pieces(conversation, facts, template, "assistant", allow_control_tokens, True)
+    bos = None if template == "native" else own_bos(tokenizer)
+    _tokenise([p for p in pieces if p.ids is None], facts)
+    return _assemble([_with_bos(pieces, bos)])[0].input_ids.tolist()
 
 
 def stop_rule(tokenizer: Any, template: str = "native") -> tuple[list[int], list[str]]:
@@ -172,7 +184,7 @@ def _is_text(document: list[_Piece]) -> bool:
 
 def _pieces(
     conversation: Conversation,
-    tokenizer: Any,
+    facts: TokenizerFacts,
     template: str | None,
     loss_on: LossOn,
     allow_control_tokens: bool,
@@ -180,24 +192,27 @@ def _pieces(
 ) -> list[_Piece]:
     if template is None:
         raise DataError("a template is needed", fix="template='native', or a key of minituner list-templates")
-    mark = None if allow_control_tokens else _free_mark(conversation, tokenizer)
+    mark = None if allow_control_tokens else free_mark(conversation, facts)
     if mark:
-        conversation = _hide_control_tokens(conversation, mark, tokenizer)
-    segments = render(conversation, template, tokenizer, loss_on=loss_on, add_generation_prompt=add_generation_prompt)
+        conversation = hide_control_tokens(conversation, mark, facts)
+    segments = render(
+        conversation,
+        template,
+        facts.tokenizer,
+        loss_on=loss_on,
+        add_generation_prompt=add_generation_prompt,
+        facts=facts,
+    )
     pieces: list[_Piece] = []
     for segment in _joined(segments):
         if segment.kind == "eos":
-            pieces.append(_Piece("eos", segment.trained, ids=_eos_ids(tokenizer)))
+            pieces.append(_Piece("eos", segment.trained, ids=facts.eos_ids()))
         elif not mark:
             pieces.append(_Piece(segment.kind, segment.trained, segment.text))
         else:
-            controls = control_strings(tokenizer)
-            for i, text in enumerate(re.split(f"{mark}(\\d+){mark}", segment.text)):
-                if i % 2:
-                    ids = encode_as_text(controls[int(text)], tokenizer)
-                    pieces.append(_Piece(segment.kind, segment.trained, ids=ids))
-                elif text:
-                    pieces.append(_Piece(segment.kind, segment.trained, text))
+            for part in reveal(segment.text, mark, facts):
+                text, ids = (part, None) if isinstance(part, str) else ("", part)
+                pieces.append(_Piece(segment.kind, segment.trained, text, ids))
     return pieces
 
 
@@ -213,104 +228,45 @@ def _joined(segments: list[Segment]) -> list[Segment]:
     return joined
 
 
-def _eos_ids(tokenizer: Any) -> list[int]:
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise DataError(
-            "the tokenizer has no end token (eos_token_id is None), so answers could never stop",
-            fix="choose a template whose answers end with a suffix (list-templates), or set tokenizer.eos_token",
-        )
-    return [eos] if isinstance(eos, int) else list(eos)
-
-
-def _strings(value: Any) -> list[str]:
-    """Every text inside nested lists and dictionaries."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return [text for key, item in value.items() for text in (key, *_strings(item)) if isinstance(text, str)]
-    if isinstance(value, (list, tuple)):
-        return [text for item in value for text in _strings(item)]
-    return []
-
-
-def _all_texts(conversation: Conversation) -> list[str]:
-    texts: list[str] = []
-    for m in conversation.messages:
-        if isinstance(m.content, str):
-            texts.append(m.content)
-        if not isinstance(m.content, str) or m.tool_calls or m.name or m.reasoning_content:
-            texts += _strings([m.content, m.tool_calls, m.name, m.reasoning_content])
-    return texts + (_strings(conversation.tools) if conversation.tools else [])
-
-
-def _free_mark(conversation: Conversation, tokenizer: Any) -> str | None:
-    """A private-use character that no message contains, or None when no message holds a control token's text."""
-    pattern, texts = control_pattern(tokenizer), _all_texts(conversation)
-    if not any(pattern.search(text) for text in texts):
-        return None
-    used = set().union(*map(set, texts))
-    return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
-
-
-def _hide_control_tokens(conversation: Conversation, mark: str, tokenizer: Any) -> Conversation:
-    pattern = control_pattern(tokenizer)
-    number = {text: i for i, text in enumerate(control_strings(tokenizer))}
-
-    def hide(value: Any) -> Any:
-        if isinstance(value, str):
-            return pattern.sub(lambda match: f"{mark}{number[match.group()]}{mark}", value)
-        if isinstance(value, dict):
-            return {hide(key): hide(item) for key, item in value.items()}
-        return [hide(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    messages = [
-        replace(
-            m,
-            content=hide(m.content),
-            tool_calls=hide(m.tool_calls),
-            name=hide(m.name),
-            reasoning_content=hide(m.reasoning_content),
-        )
-        for m in conversation.messages
-    ]
-    return Conversation(messages, hide(conversation.tools))
-
-
-def encode_as_text(text: str, tokenizer: Any) -> list[int]:
-    """Ids of `text` with no control token among them, whatever `text` looks like."""
-    ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-    control = set(tokenizer.all_special_ids) | {
-        i for i, token in (getattr(tokenizer, "added_tokens_decoder", None) or {}).items() if token.special
-    }
-    if control.isdisjoint(ids):
-        return ids
-    # A tokenizer that parses control tokens whatever it is told: one character at a time cannot be one.
-    return [i for character in text for i in tokenizer.encode(character, add_special_tokens=False)]
-
-
-def _tokenise(pieces: list[_Piece], tokenizer: Any) -> None:
-    """Fill in `ids`, all pieces in one call where the tokenizer has a fast backend."""
-    texts = [piece.text for piece in pieces]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+def _tokenise(pieces: list[_Piece], facts: TokenizerFacts) -> None:
+    """Fill in `ids`, all pieces in one call where the tokenizer has a fast backend, and equal texts only once."""
+    backend = getattr(facts.tokenizer, "backend_tokenizer", None)
     if backend is None:
         for piece in pieces:
-            piece.ids = list(tokenizer.encode(piece.text, add_special_tokens=False))
+            piece.ids = list(facts.tokenizer.encode(piece.text, add_special_tokens=False))
         return
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:
         backend.no_padding()
     backend.encode_special_tokens = False
-    for piece, encoding in zip(pieces, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True):
-        piece.ids = encoding.ids
+    # Cut at control tokens, what a template prints around every message is the same few texts over and over.
+    parts = [facts.cut.split(piece.text) if facts.cut else [piece.text] for piece in pieces]
+    texts = list(dict.fromkeys(chain.from_iterable(parts)))
+    ids = {
+        text: encoding.ids
+        for text, encoding in zip(texts, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True)
+    }
+    for piece, part in zip(pieces, parts, strict=True):
+        piece.ids = ids[part[0]] if len(part) == 1 else list(chain.from_iterable(ids[text] for text in part))
 
 
-def _assemble(document: list[_Piece], bos: int | None) -> Encoded:
-    if bos is not None and document and list(document[0].ids or ())[:1] != [bos]:
-        document = [_Piece("bos", False, ids=[bos]), *document]
-    lengths = [len(piece.ids or ()) for piece in document]
-    ids = np.fromiter((i for piece in document for i in piece.ids or ()), dtype=np.int32, count=sum(lengths))
-    trained = np.repeat(np.array([piece.trained for piece in document], dtype=bool), lengths)
-    kinds = np.repeat(np.array([KINDS.index(piece.kind) for piece in document], dtype=np.uint8), lengths)
-    return Encoded(ids, trained, kinds)
+def _with_bos(document: list[_Piece], bos: int | None) -> list[_Piece]:
+    """The document with BOS in front, unless it stands there already or there is none."""
+    if bos is None or not document or list(document[0].ids or ())[:1] == [bos]:
+        return document
+    return [_Piece("bos", False, ids=[bos]), *document]
+
+
+def _assemble(documents: list[list[_Piece]]) -> list[Encoded]:
+    """Documents of pieces as arrays: one large array is made and sliced, which costs less than many small ones."""
+    pieces = [piece for document in documents for piece in document]
+    lengths = np.array([len(piece.ids or ()) for piece in pieces], dtype=np.int64)
+    ids = np.fromiter(chain.from_iterable(piece.ids or () for piece in pieces), dtype=np.int32, count=lengths.sum())
+    trained = np.repeat(np.array([piece.trained for piece in pieces], dtype=bool), lengths)
+    kinds = np.repeat(np.array([KINDS.index(piece.kind) for piece in pieces], dtype=np.uint8), lengths)
+    ends = np.concatenate([[0], np.cumsum(lengths)])[np.cumsum([0, *map(len, documents)])]
+    return [
+        Encoded(ids[start:end], trained[start:end], kinds[start:end])
+        for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    ]

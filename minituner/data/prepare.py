@@ -9,14 +9,13 @@ finds it and says so. Several processes give the same file as one. Lesson: noteb
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import multiprocessing
-import os
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from minituner.data.formats import detect_format, to_conversation
 from minituner.data.ledger import Ledger
 from minituner.data.mixing import mix
 from minituner.data.packing import Packs, Pieces, pack
+from minituner.data.prepared_cache import fingerprint, publish
 from minituner.data.records import BadRecords, Record, read_records
 from minituner.errors import DataError
 from minituner.home import home
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from minituner.data.collate import Document
 
 CHUNK = 1000  # records that are tokenised in one call
-VERSION = 1  # of everything that decides a token; part of the fingerprint
 Say = Callable[[str], None]
 
 
@@ -106,6 +105,8 @@ def prepare(data: DataSection, tokenizer: Any, *, seed: int = 42, say: Say = pri
         )
     lengths = np.asarray(dataset.data.column("length"), dtype=np.int64)
     rows = mix(info["documents_per_source"], [source.weight for source in data.sources], seed)
+    if any(source.weight != 1 for source in data.sources):
+        say(f"mixed by weight: {len(rows):,} documents an epoch; the ledger counts each prepared document once")
     packs = pack(lengths[rows], data.max_length, data.packing)
     if isinstance(packs, Pieces):
         _enter_cuts(ledger, dataset, rows, lengths, packs)
@@ -114,44 +115,6 @@ def prepare(data: DataSection, tokenizer: Any, *, seed: int = 42, say: Say = pri
     for where, what, why in info["bad"]:
         bad.add(where, what, why)
     return Prepared(dataset.with_format("numpy"), rows, packs, ledger, bad, cached, folder)
-
-
-def fingerprint(data: DataSection, tokenizer: Any, seed: int) -> str:
-    """A name for prepared data: changes with the records' bytes, the tokenizer, and any setting that matters."""
-    settings = data.model_dump(include={"template", "system", "loss_on", "too_long", "on_error", "bos_policy"})
-    settings |= {
-        "version": VERSION,
-        "allow_control_tokens": data.allow_control_tokens,
-        # Packing by concat cuts documents itself, so it is prepared without a limit.
-        "max_length": None if data.packing == "concat" else data.max_length,
-        "sources": [
-            [s.path, s.format, s.limit, s.split, seed if s.limit else None, _content(s.path)] for s in data.sources
-        ],
-        "tokenizer": _tokenizer_text(tokenizer),
-    }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _content(path: str) -> str:
-    """A hash of a file's or folder's bytes; a hub id stands for itself."""
-    place = Path(path)
-    files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place] * place.is_file()
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(str(file.relative_to(place)).encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest() if files else path
-
-
-def _tokenizer_text(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = (
-        backend.to_str() if backend is not None else f"{type(tokenizer).__name__} {getattr(tokenizer, 'vocab_size', 0)}"
-    )
-    text += repr(getattr(tokenizer, "chat_template", None)) + repr(getattr(tokenizer, "special_tokens_map", None))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _open(folder: Path) -> datasets.Dataset:
@@ -204,20 +167,22 @@ def _write(data: DataSection, tokenizer: Any, seed: int, folder: Path, say: Say)
     try:
         with (aside / "data.arrow").open("wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
             for source in data.sources:
-                before = ledger.documents
-                for chunk in _chunks(source, data, tokenizer, seed, bad, say):
+                before, unreadable = ledger.documents, BadRecords()
+                for chunk in _chunks(source, data, tokenizer, seed, unreadable, say):
                     ledger.add(chunk.ledger)
                     for item in chunk.bad:
                         bad.add(*item)
                     if chunk.documents:
                         writer.write_batch(_to_arrow(chunk, schema))
                 counts.append(ledger.documents - before)
+                for item in unreadable.items:
+                    bad.add(*item)
+                    ledger.records += 1
+                    ledger.drop("cannot be read (listed)")
         ledger.check()
         info = {"ledger": ledger.to_dict(), "documents_per_source": counts, "bad": bad.items}
         (aside / "info.json").write_text(json.dumps(info, ensure_ascii=False, indent=1), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
+        publish(aside, folder, keep=data.cache)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -239,8 +204,14 @@ def _chunks(
         return
     context = multiprocessing.get_context("spawn")
     with context.Pool(data.num_proc, initializer=_start_worker, initargs=(layout, data, tokenizer)) as pool:
-        for chunk in pool.imap(_work, batches):
-            yield progress.count(chunk)
+        # Not pool.imap: it reads the whole source into memory, however slow the workers are.
+        waiting: deque[Any] = deque()
+        for batch in batches:
+            waiting.append(pool.apply_async(_work, (batch,)))
+            if len(waiting) > 2 * data.num_proc:
+                yield progress.count(waiting.popleft().get())
+        while waiting:
+            yield progress.count(waiting.popleft().get())
 
 
 def _batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
@@ -320,13 +291,13 @@ def _encode_chunk(records: list[Record], layout: str, data: DataSection, tokeniz
     )
     for index, document in enumerate(documents):
         if index not in failed:
-            for part in _fit(document, data, conversations[index].is_text, chunk.ledger):
+            for part in fit(document, data, conversations[index].is_text, chunk.ledger):
                 chunk.documents.append(part)
                 chunk.where.append(where[index])
     return chunk
 
 
-def _fit(document: Encoded, data: DataSection, is_text: bool, ledger: Ledger) -> list[Encoded]:
+def fit(document: Encoded, data: DataSection, is_text: bool, ledger: Ledger) -> list[Encoded]:
     """The document, cut to `max_length` by the recipe's policy, as the parts that are trained on."""
     limit = len(document) if data.packing == "concat" else data.max_length
     if len(document) > limit and data.too_long == "drop":
@@ -371,12 +342,22 @@ def _to_arrow(chunk: _Chunk, schema: Any) -> Any:
 
 
 def _enter_cuts(ledger: Ledger, dataset: Any, rows: np.ndarray, lengths: np.ndarray, packs: Pieces) -> None:
-    """Enter trained tokens that a cut made the first of a piece: nothing predicts them any more."""
+    """Enter trained tokens that a cut made the first of a piece: nothing predicts them any more.
+
+    Like all of the ledger it counts a document once, at its first place in the mix.
+    """
     pieces = packs.pieces
-    cut = pieces[pieces[:, 1] > 0]
+    first = np.zeros(len(rows), dtype=bool)
+    first[np.unique(rows, return_index=True)[1]] = True
+    cut = pieces[(pieces[:, 1] > 0) & first[pieces[:, 0]]]
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    labels = np.asarray(dataset.data.column("labels").combine_chunks().flatten())
-    lost = int((labels[starts[rows[cut[:, 0]]] + cut[:, 1]] >= 0).sum())
+    places = np.sort(starts[rows[cut[:, 0]]] + cut[:, 1])
+    lost = done = 0
+    for part in dataset.data.column("labels").chunks:  # one at a time: all labels together may not fit in memory
+        labels = part.flatten().to_numpy()
+        here = places[slice(*np.searchsorted(places, [done, done + len(labels)]))]
+        lost += int((labels[here - done] >= 0).sum())
+        done += len(labels)
     ledger.trained -= lost
     if lost:
         ledger.masked["first token after a cut (nothing predicts it)"] += lost

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from minituner.data.conversation import Conversation, Message
 from minituner.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from minituner.data.control_tokens import TokenizerFacts
 
 Kind = Literal["prompt", "answer", "text", "eos"]
 LossOn = Literal["assistant", "last_assistant", "all"]
@@ -92,13 +95,15 @@ def render(
     *,
     loss_on: LossOn = "assistant",
     add_generation_prompt: bool = False,
+    facts: TokenizerFacts | None = None,
 ) -> list[Segment]:
     """The conversation as text segments.
 
     Args:
         template: a catalog key, or `native` for the tokenizer's own chat template (needs `tokenizer`).
         loss_on: which messages are trained; a message's own `loss` overrides it.
-        add_generation_prompt: end with the text that opens the next answer (what chat sends).
+        add_generation_prompt: end with the text that opens the next answer (what chat sends; nothing is trained).
+        facts: what is known of `tokenizer`, for callers that render many conversations.
 
     Raises:
         DataError: this conversation does not fit this template.
@@ -107,15 +112,18 @@ def render(
     if conversation.is_text:
         return [s for m in conversation.messages for s in (Segment(m.text, m.loss is not False, "text"), _eos(m))]
     trained = trained_messages(conversation, loss_on)
+    if add_generation_prompt:
+        trained = [False] * len(trained)
     if template == "native":
         if tokenizer is None:
             raise UsageError("the native template is the tokenizer's own: give the tokenizer too")
+        from minituner.data.control_tokens import TokenizerFacts
         from minituner.data.native import render_native
 
-        segments = render_native(conversation, tokenizer, trained, add_generation_prompt)
+        segments = render_native(conversation, facts or TokenizerFacts.of(tokenizer), trained, add_generation_prompt)
     else:
         segments = render_named(conversation, NamedTemplate.find(template), trained, add_generation_prompt)
-    if loss_on == "all":
+    if loss_on == "all" and not add_generation_prompt:
         segments = [Segment(s.text, s.trained or s.kind == "prompt", s.kind) for s in segments]
     return segments
 
@@ -136,32 +144,51 @@ def render_named(
 ) -> list[Segment]:
     """Segments under a named template, turn by turn as XTuner does: system + instruction, output + suffix, sep.
 
-    Departs from XTuner where it loses text: several user messages in a row are joined with a newline (XTuner: with
-    nothing), and a user message without an answer is kept as prompt.
+    Departs from XTuner where it loses text: several system or user messages in a row are joined with a newline (XTuner:
+    the last one, or with nothing), and a user message without an answer is kept as prompt.
+
+    Raises:
+        DataError: a message holds what the template has no place for: tool calls, images, thinking.
     """
     segments: list[Segment] = []
-    system, inputs, round_ = "", [], 1
+    systems, inputs, round_ = [], [], 1
+
+    def prompt() -> str:
+        system = "\n".join(systems)
+        return (template.wrap_system(system) if system else "") + template.wrap_input("\n".join(inputs), round_)
+
     for message, is_trained in zip(conversation.messages, trained, strict=True):
+        _check_named(message, template)
         if message.role == "system":
-            system = message.text
+            systems.append(message.text)
         elif message.role == "user":
             inputs.append(message.text)
-        elif message.role == "assistant" and not message.tool_calls:
-            prompt = template.wrap_input("\n".join(inputs), round_)
-            segments.append(Segment((template.wrap_system(system) if system else "") + prompt, False))
+        else:
+            segments.append(Segment(prompt(), False))
             segments.append(Segment(message.text + template.suffix, is_trained, "answer"))
             if not template.suffix_as_eos:
                 segments.append(Segment("", is_trained, "eos"))
             if template.sep:
                 segments.append(Segment(template.sep, False))
-            system, inputs, round_ = "", [], round_ + 1
-        else:
-            what = "tool calls" if message.role == "assistant" else f"{message.role!r} messages"
-            raise DataError(
-                f"template {template.key!r} has no place for {what}",
-                fix="use template: native with a model whose chat template knows tools",
-            )
-    if inputs or system or add_generation_prompt:
-        left = (template.wrap_system(system) if system else "") + template.wrap_input("\n".join(inputs), round_)
-        segments.append(Segment(left, False))
+            systems, inputs, round_ = [], [], round_ + 1
+    if inputs or systems or add_generation_prompt:
+        segments.append(Segment(prompt(), False))
     return segments
+
+
+def _check_named(message: Message, template: NamedTemplate) -> None:
+    """Refuse what a named template would lose."""
+    if message.role not in ("system", "user", "assistant"):
+        what = f"{message.role!r} messages"
+    elif message.tool_calls:
+        what = "tool calls"
+    elif message.reasoning_content and message.reasoning_content.strip():
+        what = "reasoning_content (thinking)"
+    elif isinstance(message.content, list) and any(part.get("type", "text") != "text" for part in message.content):
+        what = "images and other parts that are no text"
+    else:
+        return
+    raise DataError(
+        f"template {template.key!r} has no place for {what}",
+        fix="use template: native with a model whose chat template knows them, or leave them out of the record",
+    )

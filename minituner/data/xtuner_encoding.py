@@ -11,7 +11,7 @@ from typing import Any
 
 from minituner.data.conversation import Conversation, to_turns
 from minituner.data.templates import NamedTemplate
-from minituner.errors import UsageError
+from minituner.errors import DataError, UsageError
 
 # Class names for which XTuner uses no BOS. `Qwen2Tokenizer` is the name that transformers 5 gives to the class XTuner
 # knew as Qwen2TokenizerFast, but XTuner's list misses it; that is its trap, and it is reproduced here.
@@ -40,6 +40,7 @@ def xtuner_pieces(
     """(kind, trained, text, ids) for every piece, in order; `template` None leaves the turns as they are.
 
     Raises:
+        DataError: the tokenizer lacks the end token an answer needs, or turns have no place for what a message holds.
         UsageError: the native template, which XTuner does not have.
     """
     if template == "native":
@@ -47,6 +48,11 @@ def xtuner_pieces(
             "bos_policy xtuner needs one of XTuner's named templates", next_command="minituner list-templates"
         )
     named = NamedTemplate.find(template) if template else None
+    if any(message.tool_calls or message.reasoning_content for message in conversation.messages):
+        raise DataError(
+            "XTuner's turns have no place for tool calls and thinking",
+            fix="data.bos_policy=once with template: native, or leave them out of the record",
+        )
     bos, eos = bos_eos_ids(tokenizer)
     need_bos = True
     for round_, turn in enumerate(to_turns(conversation), start=1):
@@ -56,6 +62,11 @@ def xtuner_pieces(
             text = (named.wrap_system(system) if system else "") + named.wrap_input(text, round_)
             answer, sep, need_eos = answer + named.suffix, named.sep, not named.suffix_as_eos
         trained = bool(turn.get("output_with_loss", True))
+        if need_eos and not eos:
+            raise DataError(
+                "the tokenizer has no end token (eos_token_id is None), so answers could never stop",
+                fix="choose a template whose answers end with a suffix (list-templates), or set tokenizer.eos_token",
+            )
         if need_bos:
             yield "bos", False, "", bos
         yield "prompt", False, text, None

@@ -13,10 +13,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from minituner.chat.session import base_of
 from minituner.errors import MinitunerError, UsageError
 from minituner.model.sources import fetch
-from minituner.train.hf_folder import FACTS
+from minituner.train.hf_folder import FACTS, base_of, put_adapter_on
 
 PROBES = ("Who are you?", "The capital of France is", "请介绍你自己。")
 TOLERANCE = 1e-3  # largest difference of float32 logits, whose own size is about ten
@@ -37,10 +36,9 @@ def merge(
         UsageError: no adapter there, or `out` exists. MinitunerError: merged and adapter differ.
     """
     import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from minituner.model.loading import load_tokenizer
+    from minituner.model.loading import load_tokenizer, quiet
 
     adapter, out = Path(adapter), Path(out)
     if not (adapter / "adapter_config.json").is_file():
@@ -48,15 +46,21 @@ def merge(
             f"{adapter} is not an adapter folder (it has no adapter_config.json)",
             fix="give the hf/ folder of a finished LoRA run",
         )
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", fix="give a folder that does not exist yet")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UsageError(f"{out} exists and is not empty", fix="choose another folder, or --overwrite")
     folder = fetch(str(base or base_of(adapter)), say=say)
     say(f"merging {adapter} into {folder}")
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code)
-    own_dtype = getattr(model.config, "dtype", None)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    # Asked of the folder: the model's own config says float32 by now, as it was loaded.
+    own_dtype = getattr(AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code), "dtype", None)
     tied = model.config.tie_word_embeddings
     tokenizer = load_tokenizer(adapter, trust_remote_code=trust_remote_code)
-    peft_model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    peft_model = put_adapter_on(model, adapter, say).eval()
     ids = [torch.tensor([tokenizer.encode(text, add_special_tokens=False)]) for text in PROBES]
     with torch.no_grad():
         before = [peft_model(input_ids=i, use_cache=False).logits for i in ids]

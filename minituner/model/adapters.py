@@ -11,6 +11,7 @@ Dettmers et al. 2023 (QLoRA); the implementation is peft's. Lesson: notebook 05.
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 from minituner.errors import UsageError, nearest
@@ -42,7 +43,10 @@ def apply_method(model: Any, method: MethodSection, *, activation_checkpointing:
             init_lora_weights=method.init_lora_weights,
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # peft 0.21 asks transformers 5.23 for an attribute under its old name
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            model = get_peft_model(model, config)
     if activation_checkpointing:
         if method.name != "full":
             model.enable_input_require_grads()

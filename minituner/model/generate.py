@@ -70,6 +70,14 @@ def generate(
     return [_until_stop(row[longest:].tolist(), stop_ids) for row in out]
 
 
+def answer_text(tokenizer: Any, ids: Sequence[int], stop: tuple[list[int], list[str]]) -> str:
+    """The new ids as the answer people read: control tokens and stop texts removed, no spaces at the ends."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    for stop_text in stop[1]:
+        text = text.split(stop_text)[0]
+    return text.strip()
+
+
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     return next((ids[:at] for at, token in enumerate(ids) if token in stop_ids), ids)
 

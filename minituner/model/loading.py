@@ -8,6 +8,8 @@ is trained (adapters, or all weights) stays in float32 unless the recipe names a
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,21 +33,26 @@ def fast_dtype(device: str) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "this GPU computes bfloat16 natively"
         return torch.float32, "this GPU has no bfloat16; float16 would need loss scaling"
-    speed = {dtype: _gemm_speed(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    speed = _gemm_speeds((torch.float32, torch.bfloat16))
     text = ", ".join(f"{str(dtype).removeprefix('torch.')} {value / 1e9:.0f}" for dtype, value in speed.items())
-    best = torch.bfloat16 if speed[torch.bfloat16] > 1.2 * speed[torch.float32] else torch.float32
+    best = torch.bfloat16 if speed[torch.bfloat16] > 1.5 * speed[torch.float32] else torch.float32
     return best, f"measured GFLOP/s on this CPU: {text}"
 
 
-def _gemm_speed(dtype: torch.dtype, size: int = 256) -> float:
-    """Floating-point operations per second of a (size, size) matrix product, the best of two after a warm-up."""
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times[1:])
+def _gemm_speeds(dtypes: tuple[torch.dtype, ...], size: int = 256, rounds: int = 6) -> dict[torch.dtype, float]:
+    """Floating-point operations per second of a (size, size) matrix product in each type.
+
+    The types take turns and the best round counts, so that another busy program slows them alike.
+    """
+    matrices = {dtype: torch.ones(size, size, dtype=dtype) for dtype in dtypes}
+    best = dict.fromkeys(dtypes, float("inf"))
+    for _ in range(rounds):
+        for dtype, matrix in matrices.items():
+            matrix @ matrix  # wakes the threads
+            start = time.perf_counter()
+            matrix @ matrix
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return {dtype: 2 * size**3 / seconds for dtype, seconds in best.items()}
 
 
 def resolve_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
@@ -98,19 +105,22 @@ def load_model(
     # Full fine-tuning updates the weights themselves: in bfloat16 small updates round away, so masters are float32.
     weights = torch.float32 if method.name == "full" and model.dtype == "auto" else dtype
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=weights,
-            attn_implementation=implementation,
-            trust_remote_code=model.trust_remote_code,
-            quantization_config=quantization,
-        )
+        with quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=weights,
+                attn_implementation=implementation,
+                trust_remote_code=model.trust_remote_code,
+                quantization_config=quantization,
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise MinitunerError(
             f"cannot load a model from {folder}: {str(error).splitlines()[0]}",
             fix="check that the folder holds config.json and safetensors weights of a causal language model",
             next_command="minituner doctor",
         ) from None
+    # Where pad is also the end token, torch would drop the gradient of its embedding; no pad id is an input here.
+    loaded.get_input_embeddings().padding_idx = None
     loaded.config.use_cache = False
     if quantization is None:
         loaded.to(device)
@@ -120,6 +130,20 @@ def load_model(
         f"device {device}",
     ]
     return loaded, implementation, notes
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within: no progress bar of transformers (loading from disk takes a second)."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _quantization(method: str, dtype: torch.dtype) -> Any:

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ class Progress(Callback):
         now = time.monotonic()
         if metrics["step"] in (run.first_step + 1, run.total_steps) or now - self.last > self.every_seconds:
             self.last = now
-            eta = time.strftime("%H:%M:%S", time.gmtime(metrics["eta_seconds"]))
+            eta = timedelta(seconds=round(metrics["eta_seconds"]))
             run.say(f"step {metrics['step']}/{run.total_steps}  {text}  ETA {eta}")
 
     def on_end(self, run: Run) -> None:

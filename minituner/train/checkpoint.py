@@ -8,7 +8,8 @@
     latest                      name of the newest complete checkpoint
 
 Everything is written into a folder beside the final one, flushed to disk, renamed, and only then does `latest` move;
-old ones are removed last. A kill at any moment leaves the previous checkpoint whole. No pickle: safetensors and JSON.
+old ones are removed last. A kill at any moment leaves the previous checkpoint whole (a checkpoint that is saved again
+under the same step waits as `.step-000100.old` and is put back). No pickle: safetensors and JSON.
 Lesson: notebook 07.
 """
 
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from minituner.errors import MinitunerError, UsageError
 
 NAME = re.compile(r"step-\d{6,}")
 MANIFEST = "manifest.json"
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 @dataclass(slots=True)
@@ -55,11 +58,13 @@ def save(
     Raises:
         MinitunerError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = work_dir / "checkpoints" / f"step-{step:06d}"
     aside = folder.with_name(f".{folder.name}.part")
     try:
+        _put_back(folder.parent)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_file(_plain(weights), aside / "model.safetensors")
@@ -76,16 +81,32 @@ def save(
         os.replace(aside, folder)
         _flush(folder.parent)
         _point(work_dir, folder.name)
-    except OSError as error:
+        _rotate(folder.parent, folder.name, keep_last)
+    except (OSError, SafetensorError) as error:  # safetensors writes in Rust, with an error type of its own
         shutil.rmtree(aside, ignore_errors=True)
+        free = f"{shutil.disk_usage(work_dir).free / 1e9:.2f} GB are free there; " if work_dir.is_dir() else ""
         raise MinitunerError(
-            f"cannot write the checkpoint {folder}: {error.strerror or error}",
-            why=f"{shutil.disk_usage(work_dir).free / 1e9:.2f} GB are free there; earlier checkpoints are whole",
+            f"cannot write the checkpoint {folder}: {getattr(error, 'strerror', None) or error}",
+            why=f"{free}earlier checkpoints are whole",
             fix="make room or choose another --work-dir, then resume",
-            next_command="minituner train RECIPE --resume auto",
+            next_command=resume_command(work_dir),
         ) from None
-    _rotate(folder.parent, folder.name, keep_last)
     return folder
+
+
+def resume_command(work_dir: Path) -> str:
+    """The command that goes on with the run in `work_dir`."""
+    return shlex.join(
+        ["minituner", "train", str(work_dir / "recipe.yaml"), "--work-dir", str(work_dir), "--resume", "auto"]
+    )
+
+
+def _put_back(place: Path) -> None:
+    """Undo a save that was killed between moving the old checkpoint of its step away and putting the new one there."""
+    for old in place.glob(".step-*.old"):
+        folder = place / old.name.removeprefix(".").removesuffix(".old")
+        if not folder.exists():
+            os.replace(old, folder)
 
 
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -123,17 +144,28 @@ def _point(work_dir: Path, name: str) -> None:
 
 def _rotate(folder: Path, newest: str, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints, and left-overs of interrupted saves."""
-    names = sorted(p.name for p in folder.iterdir() if NAME.fullmatch(p.name) and p.name <= newest)
+    names = [name for name in _names(folder) if _step(name) <= _step(newest)]
     for name in names[:-keep_last]:
         shutil.rmtree(folder / name)
     for rest in folder.glob(".step-*"):
         shutil.rmtree(rest, ignore_errors=True)
 
 
+def _names(place: Path) -> list[str]:
+    """The checkpoints' names, by step."""
+    return sorted((p.name for p in place.glob("step-*") if NAME.fullmatch(p.name)), key=_step)
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
 def problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None if every file is as its manifest says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if missing := set(FILES) - set(manifest):
+            return f"manifest.json does not name {', '.join(sorted(missing))}"
         for name, facts in manifest.items():
             file = folder / name
             if not file.is_file():
@@ -150,18 +182,32 @@ def problem(folder: Path) -> str | None:
 def find(work_dir: Path, resume: str | Path, say: Callable[[str], None]) -> Path:
     """The folder to resume from: `auto` is the newest whole checkpoint (damaged ones are passed over aloud).
 
+    Newest is what `latest` names, then what is older; a higher step than `latest` is left from another run in the same
+    folder, or its save was killed just before the end, and is taken last.
+
     Raises:
         UsageError: there is none, or the one asked for by path is not whole.
     """
     if str(resume) != "auto":
         folder = Path(resume)
-        if folder.is_dir() and not (folder / MANIFEST).exists() and (folder / "latest").is_file():
-            folder = folder / "checkpoints" / (folder / "latest").read_text(encoding="utf-8").strip()
+        if not folder.is_dir():
+            known = ", ".join(_names(work_dir / "checkpoints")) or "none"
+            raise UsageError(
+                f"--resume {resume}: there is no such folder",
+                why=f"checkpoints under {work_dir / 'checkpoints'}: {known}",
+                fix="--resume auto takes the newest whole one",
+            )
+        if not (folder / MANIFEST).exists() and (latest := _latest(folder)):
+            folder = folder / "checkpoints" / latest
         if wrong := problem(folder):
             raise UsageError(f"cannot resume from {folder}: {wrong}", fix="--resume auto takes the newest whole one")
         return folder
     place = work_dir / "checkpoints"
-    names = sorted((p.name for p in place.glob("step-*") if NAME.fullmatch(p.name)), reverse=True)
+    _put_back(place)
+    names = _names(place)[::-1]
+    latest = _latest(work_dir)
+    if latest in names:
+        names = names[names.index(latest) :] + names[: names.index(latest)]
     for name in names:
         wrong = problem(place / name)
         if wrong is None:
@@ -173,6 +219,16 @@ def find(work_dir: Path, resume: str | Path, say: Callable[[str], None]) -> Path
     )
 
 
+def _latest(work_dir: Path) -> str | None:
+    file = work_dir / "latest"
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """The counters and the plan of a checkpoint, without its tensors."""
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint; `find` has already checked it against its manifest."""
     from safetensors.torch import load_file
@@ -181,7 +237,7 @@ def load(folder: Path) -> Checkpoint:
         path=folder,
         weights=load_file(folder / "model.safetensors"),
         optimizer=load_file(folder / "optimizer.safetensors"),
-        state=json.loads((folder / "state.json").read_text(encoding="utf-8")),
+        state=state_of(folder),
     )
 
 

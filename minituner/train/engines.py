@@ -103,5 +103,7 @@ class TorchEngine:
         for name, parameter in self.parameters.items():
             keys = {k: f"{name}/{k}" for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in tensors}
             if keys:
-                place = {k: (torch.device("cpu") if k == "step" else parameter.device) for k in keys}
-                self.optimizer.state[parameter] = {k: tensors[v].to(place[k]).clone() for k, v in keys.items()}
+                # AdamW counts steps on the CPU, except its fused kernel, which reads the count on the GPU.
+                step_device = parameter.device if self.optimizer.defaults["fused"] else torch.device("cpu")
+                place = {k: (step_device if k == "step" else parameter.device) for k in keys}
+                self.optimizer.state[parameter] = {k: tensors[v].to(place[k], copy=True) for k, v in keys.items()}

@@ -9,20 +9,51 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minituner.errors import MinitunerError, UsageError
+from minituner.model.fingerprint import fingerprint
 from minituner.recipe import Recipe
+from minituner.train.checkpoint import resume_command
 
 FACTS = "minituner.json"
 
 
-def export(model: Any, tokenizer: Any, folder: Path, recipe: Recipe) -> Path:
-    """Write the trained model (peft: the adapter only) into `folder`, aside first, and return it."""
+def export(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, base_fingerprint: str | None = None) -> Path:
+    """Write the trained model (peft: the adapter only) into `folder`, aside first, and return it.
+
+    Raises:
+        MinitunerError: the disk is full or cannot be written; an earlier `folder` is untouched.
+    """
+    from safetensors import SafetensorError
+
     aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    model.save_pretrained(aside)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write(model, tokenizer, aside, recipe, base_fingerprint)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise MinitunerError(
+            f"cannot write {folder}: {getattr(error, 'strerror', None) or error}",
+            why="the training itself is complete, and its last checkpoint is saved",
+            fix="make room, then resume: nothing is trained again, only this folder is written",
+            next_command=resume_command(folder.parent),
+        ) from None
+    return folder
+
+
+def _write(model: Any, tokenizer: Any, aside: Path, recipe: Recipe, base_fingerprint: str | None) -> None:
+    model.config.use_cache, before = True, model.config.use_cache  # off in training only; readers want their cache
+    try:
+        model.save_pretrained(aside)
+    finally:
+        model.config.use_cache = before
     tokenizer.save_pretrained(aside)
     readme = aside / "README.md"
     if readme.exists():  # peft's card with its unfilled fields
@@ -30,17 +61,80 @@ def export(model: Any, tokenizer: Any, folder: Path, recipe: Recipe) -> Path:
     facts = {
         "recipe": recipe.name,
         "base": recipe.model.name_or_path,
+        "base_fingerprint": base_fingerprint,
         "method": recipe.method.name,
         "template": recipe.data.template,
         "system": recipe.data.system,
     }
     (aside / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-    return folder
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """What `export` wrote about a folder; empty for a folder from elsewhere."""
     file = folder / FACTS
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def base_of(adapter: Path) -> str:
+    """The base model of an adapter folder: the name training used, else peft's record of it.
+
+    Raises:
+        UsageError: neither is there.
+    """
+    if base := facts_of(adapter).get("base"):
+        return base
+    try:
+        return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{adapter} does not say which base model it belongs to: {error}", fix="name it") from None
+
+
+def put_adapter_on(model: Any, adapter: Path, say: Callable[[str], None]) -> Any:
+    """`model` with the adapter of a folder on it, every tensor of it in its place.
+
+    peft only warns when tensors are left over or missing, which is how an adapter of another model gets used by
+    mistake: here that is an error. Another base of the same shape is said aloud (see `fingerprint`).
+
+    Raises:
+        UsageError: the adapter belongs to a model of another shape. MinitunerError: its files cannot be read.
+    """
+    from peft import PeftModel
+    from peft.utils.save_and_load import get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    trained_on, this = facts_of(adapter).get("base_fingerprint"), fingerprint(model)
+    if trained_on and this and trained_on != this:
+        if trained_on.split("-")[0] != this.split("-")[0]:  # more layers than the adapter has would load silently
+            raise _other_base(adapter, "this model's weights have other names or shapes than the base of the training")
+        say(
+            f"careful: {adapter} was trained on a base with other weights than this one (fingerprint {trained_on} then,"
+            f" {this} now); answers may be nonsense. It was trained on {base_of(adapter)}"
+        )
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+            saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        with warnings.catch_warnings():
+            # As in model/adapters.py; and peft's own warning of missing tensors, which is an error below.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*missing adapter keys.*")
+            loaded = PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError) as error:  # peft: size mismatch, target modules not found
+        raise _other_base(adapter, " ".join(str(error).split())[:300]) from None
+    except (OSError, SafetensorError) as error:
+        raise MinitunerError(
+            f"cannot read the adapter {adapter}: {error}", fix="give the hf/ folder of a finished LoRA run"
+        ) from None
+    places = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    wanted = {key: tuple(value.shape) for key, value in places.items()}
+    over = {key for key in saved if key not in wanted and "lora_" in key}  # a copy of the embedding may lie beside
+    if wrong := sorted(over | {key for key, shape in wanted.items() if saved.get(key) != shape}):
+        raise _other_base(adapter, f"{len(wrong)} tensors have no match between the two, {wrong[0]} first")
+    return loaded
+
+
+def _other_base(adapter: Path, why: str) -> UsageError:
+    return UsageError(
+        f"the adapter {adapter} does not fit this model",
+        why=why,
+        fix=f"use the base it was trained on: {base_of(adapter)}",
+    )

@@ -22,7 +22,8 @@ from minituner.data.prepare import Prepared, prepare
 from minituner.errors import MinitunerError, StoppedEarly, UsageError
 from minituner.model.adapters import apply_method, count_parameters, trainable_parameters
 from minituner.model.attention import assert_isolated
-from minituner.model.generate import generate
+from minituner.model.fingerprint import fingerprint
+from minituner.model.generate import answer_text, generate
 from minituner.model.loading import device_of_this_machine, load_model, load_tokenizer
 from minituner.model.loss import loss_sum
 from minituner.model.sources import fetch
@@ -34,6 +35,7 @@ from minituner.train.feed import Feed
 from minituner.train.hf_folder import export
 from minituner.train.identity import IdentityProbes
 from minituner.train.preempt import StopRequest
+from minituner.train.resume import plan, restore, with_dtype_of
 from minituner.train.schedule import learning_rate
 
 Say = Callable[[str], None]
@@ -54,6 +56,7 @@ class Run:
     feed: Feed
     prepared: Prepared
     model_folder: Path
+    base_fingerprint: str | None = None
     step: int = 0
     first_step: int = 0
     trained_tokens: int = 0
@@ -125,14 +128,14 @@ def train(
     work_dir = Path(work_dir or Path("work_dirs") / recipe.name)
     run_dir = _new_run_dir(work_dir)
     say = _also_to_file(say, run_dir / "log.txt")
-    recipe.dump(work_dir / "recipe.yaml")
     start = time.monotonic()
     run = set_up(recipe, work_dir, run_dir, say, resume)
+    recipe.dump(work_dir / "recipe.yaml")  # only now: a refused resume must not replace the recipe of the run it names
     samples = SampleChats()
     watchers: list[Callback] = [Metrics(), samples, *([Progress()] if progress else []), *callbacks]
     if recipe.evaluate.identity:
         watchers.append(IdentityProbes(recipe.evaluate.identity, recipe.evaluate.identity_language))
-    with StopRequest(say) as stop:
+    with StopRequest() as stop:
         for watcher in watchers:
             watcher.on_start(run)
         try:
@@ -141,7 +144,7 @@ def train(
             for watcher in watchers:
                 watcher.on_end(run)
     last = work_dir / "checkpoints" / f"step-{run.step:06d}"
-    hf = export(run.model, run.tokenizer, work_dir / "hf", recipe)
+    hf = export(run.model, run.tokenizer, work_dir / "hf", recipe, run.base_fingerprint)
     say(f"done: {run.step} steps; {hf} holds what transformers, peft and vLLM read")
     return TrainResult(
         metrics=run.metrics,
@@ -163,6 +166,10 @@ def set_up(recipe: Recipe, work_dir: Path, run_dir: Path, say: Say, resume: str 
     """Everything before the first step: data, ledger, model, proof of isolation, adapters, engine, resume."""
     # Look for the checkpoint first: a wrong --resume should not cost the minutes that follow.
     found = checkpoint.find(work_dir, resume, say) if resume else None
+    if found:
+        recipe, asked = with_dtype_of(recipe, checkpoint.state_of(found)), recipe
+        if recipe != asked:
+            say(f"model.dtype=auto is {recipe.model.dtype} here, as in the checkpoint")
     folder = fetch(recipe.model.name_or_path, source=recipe.model.source, revision=recipe.model.revision, say=say)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
     prepared = prepare(recipe.data, tokenizer, seed=recipe.train.seed, say=say)
@@ -180,6 +187,7 @@ def set_up(recipe: Recipe, work_dir: Path, run_dir: Path, say: Say, resume: str 
     if not single:
         assert_isolated(model, attention, model.config.vocab_size)
         say("isolation proved on this model: changing a packed document moves its neighbour's logits by exactly 0")
+    base = fingerprint(model)
     model = apply_method(model, recipe.method, activation_checkpointing=recipe.train.activation_checkpointing)
     trained, total = count_parameters(model)
     say(f"{recipe.method.name}: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
@@ -187,9 +195,9 @@ def set_up(recipe: Recipe, work_dir: Path, run_dir: Path, say: Say, resume: str 
     model = engine.prepare(model)
     model.train()
     feed = Feed(prepared, recipe, engine.rank, engine.world_size)
-    run = Run(recipe, work_dir, run_dir, say, tokenizer, model, attention, engine, feed, prepared, model_folder=folder)
+    run = Run(recipe, work_dir, run_dir, say, tokenizer, model, attention, engine, feed, prepared, folder, base)
     if found:
-        _restore(run, checkpoint.load(found))
+        restore(run, checkpoint.load(found))
     return run
 
 
@@ -238,40 +246,9 @@ def save(run: Run) -> Path:
         run.step,
         trainable_parameters(run.model),
         run.engine.state(),
-        {"trained_tokens": run.trained_tokens, "skipped_steps": run.skipped_steps, "plan": _plan(run)},
+        {"trained_tokens": run.trained_tokens, "skipped_steps": run.skipped_steps, "plan": plan(run)},
         run.recipe.save.keep_last,
     )
-
-
-def _plan(run: Run) -> dict[str, Any]:
-    """What has to be the same for a resumed run to see the same windows."""
-    train = run.recipe.train
-    return {
-        "packs": len(run.feed.prepared.packs),
-        "seed": train.seed,
-        "per_device_batch_size": train.per_device_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps,
-        "world_size": run.engine.world_size,
-        "data": run.prepared.folder.name,
-    }
-
-
-def _restore(run: Run, saved: checkpoint.Checkpoint) -> None:
-    """Put a checkpoint into the run; refuses one whose data or batch plan differs, naming what does."""
-    now, then = _plan(run), saved.state["plan"]
-    different = [f"{key}: {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value]
-    if different:
-        raise UsageError(
-            f"cannot resume from {saved.path}: the plan of the batches has changed",
-            why="; ".join(different),
-            fix="resume with the same data and batch settings (num_epochs and learning_rate may change)",
-        )
-    checkpoint.load_weights(run.model, saved.weights)
-    run.engine.load_state(saved.optimizer)
-    checkpoint.restore_random_states(saved.optimizer)
-    run.step = run.first_step = saved.state["step"]
-    run.trained_tokens, run.skipped_steps = saved.state["trained_tokens"], saved.state["skipped_steps"]
-    run.say(f"resumed from {saved.path} at step {run.step} of {run.total_steps}")
 
 
 def _metrics(
@@ -310,7 +287,7 @@ def _not_finite(run: Run, loss: float, norm: float) -> None:
             f"{what}; the weights were not touched",
             why="a learning rate that is too high, float16, or a broken record",
             fix="lower train.learning_rate, use model.dtype=float32, or train.on_nonfinite=skip to pass over it",
-            next_command="minituner train RECIPE --resume auto",
+            next_command=checkpoint.resume_command(run.work_dir) + " train.on_nonfinite=skip",
         )
     run.skipped_steps += 1
     run.say(f"{what}; skipped ({run.skipped_steps} so far)")
@@ -319,7 +296,7 @@ def _not_finite(run: Run, loss: float, norm: float) -> None:
 def _stopped(run: Run, stop: StopRequest) -> StoppedEarly:
     error = StoppedEarly(
         f"stopped after step {run.step} of {run.total_steps}; the checkpoint is saved in {run.work_dir}",
-        next_command=f"minituner train {run.work_dir / 'recipe.yaml'} --work-dir {run.work_dir} --resume auto",
+        next_command=checkpoint.resume_command(run.work_dir),
     )
     error.exit_code = stop.exit_code
     return error
@@ -333,8 +310,9 @@ def answer(
 
     head = [Message("system", system)] if system else []
     ids = [encode_prompt(Conversation([*head, Message("user", p)]), tokenizer, template) for p in prompts]
-    out = generate(model, tokenizer, ids, stop=stop_rule(tokenizer, template), max_new_tokens=max_new_tokens)
-    return [tokenizer.decode(new, skip_special_tokens=True).strip() for new in out]
+    stop = stop_rule(tokenizer, template)
+    out = generate(model, tokenizer, ids, stop=stop, max_new_tokens=max_new_tokens)
+    return [answer_text(tokenizer, new, stop) for new in out]
 
 
 def _refuse_what_this_engine_cannot(recipe: Recipe) -> None:

@@ -6,9 +6,9 @@ SIGTERM, SIGUSR1    checkpoint, exit 75 (what a scheduler sends before it takes 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -18,9 +18,8 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 class StopRequest:
     """Within a `with` block, `signal` holds the signal that asked for a stop, or None."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.signal: int | None = None
-        self._say = say
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -38,7 +37,9 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        self._say(f"{signal.Signals(number).name}: finishing this step, then saving a checkpoint (Ctrl-C leaves now)")
+        # Straight to the terminal: a handler that interrupts a print must not print (Python refuses to re-enter it).
+        text = f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint (Ctrl-C leaves now)\n"
+        os.write(2, text.encode())
 
     @property
     def exit_code(self) -> int:

@@ -1,0 +1,56 @@
+"""Commands about the machine: `minituner bench data`.
+
+    minituner bench data > figures.json      progress goes to stderr, the figures to stdout
+
+Each is thin and calls a function that a notebook can call too; heavy imports live inside. Lesson: notebook 04.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure minituner on this machine; prints JSON.")
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Measure minituner on this machine; prints JSON."""
+
+
+@bench_app.command("data")
+def bench_data(
+    records: Annotated[int, typer.Option(min=1, help="Alpaca-like records to prepare.")] = 50_000,
+    runs: Annotated[int, typer.Option(min=1, help="Repetitions; the median is printed.")] = 3,
+    against: Annotated[str | None, typer.Option(help="Prepare the same records with this too: trl.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="prepare, pack or first_sample; may be repeated.")] = None,
+    pack_lengths: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Lengths in a pack plan; may be repeated (default: 1 million and 10)."),
+    ] = None,
+    file_mb: Annotated[int, typer.Option(min=1, help="Size of the file whose first sample is timed, in MB.")] = 200,
+    one_gb: Annotated[bool, typer.Option("--one-gb", help="The same as --file-mb 1000.")] = False,
+    max_length: Annotated[int, typer.Option(min=2, help="Longest pack in `prepare`, in tokens.")] = 2048,
+    model: Annotated[str, typer.Option(help="Whose tokenizer: a catalog name or a folder.")] = "smollm2-135m-instruct",
+    seed: Annotated[int, typer.Option(help="Of the generated records and lengths.")] = 42,
+) -> None:
+    """Time preparing, packing and the first sample of a big file, each in a fresh process."""
+    from minituner.plan.bench_data import ONE_GB, PARTS, BenchOptions
+    from minituner.plan.bench_data import bench_data as run
+
+    options = BenchOptions(
+        records=records,
+        runs=runs,
+        against=against,
+        parts=tuple(only or PARTS),
+        pack_lengths=tuple(pack_lengths or BenchOptions.pack_lengths),
+        file_mb=ONE_GB if one_gb else file_mb,
+        max_length=max_length,
+        model=model,
+        seed=seed,
+    )
+    figures = run(options, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(figures, indent=2, ensure_ascii=False))

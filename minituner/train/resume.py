@@ -1,0 +1,94 @@
+"""Resuming: a run goes on as if it had never stopped, or it does not go on at all.
+
+    weights, AdamW's averages, random generators, step     out of the checkpoint
+    which packs each step sees                             computed again from the seed, so it must be the same plan
+
+A run resumed with other data, another batch size or another base would train on, quietly, as something that never
+existed. So a checkpoint carries its plan, and a different one is refused, naming what differs. What changes no window
+(num_epochs, learning_rate, how often to save) may be changed. Lesson: notebook 07.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minituner.errors import UsageError
+from minituner.model.loading import resolve_dtype
+from minituner.recipe import ModelSection, Recipe
+from minituner.train import checkpoint
+
+if TYPE_CHECKING:
+    from minituner.data.prepare import Prepared
+    from minituner.train.loop import Run
+
+# What decides the function that is trained, but not the shapes of its parameters.
+METHOD = ("name", "lora_alpha", "use_rslora", "init_lora_weights")
+
+
+def plan(run: Run) -> dict[str, Any]:
+    """What has to be the same for a resumed run to see the same windows through the same function."""
+    recipe = run.recipe
+    return {
+        "train.seed": recipe.train.seed,
+        "train.per_device_batch_size": recipe.train.per_device_batch_size,
+        "train.gradient_accumulation_steps": recipe.train.gradient_accumulation_steps,
+        "world_size": run.engine.world_size,
+        "data.max_length": recipe.data.max_length,
+        "data.packing": recipe.data.packing,
+        "data.shuffle": recipe.data.shuffle,
+        "data.isolate_documents": recipe.data.isolate_documents,
+        **{f"method.{key}": getattr(recipe.method, key) for key in METHOD},
+        "model's weights": run.base_fingerprint if recipe.method.name != "full" else "all in the checkpoint",
+        "dtype": dtype_name(recipe.model, str(run.engine.device.type)),
+        "prepared data": run.prepared.folder.name,
+        "packs": packs_digest(run.prepared),
+    }
+
+
+def packs_digest(prepared: Prepared) -> str:
+    """A short name for which documents make up which pack."""
+    packs = prepared.packs
+    digest = hashlib.sha256()
+    for array in (prepared.rows, packs.values, packs.offsets):
+        digest.update(str(array.shape).encode() + np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    return f"{len(packs)} ({digest.hexdigest()[:12]})"
+
+
+def dtype_name(model: ModelSection, device: str) -> str:
+    """The data type that `model.dtype` means on this device, as a recipe would name it."""
+    return str(resolve_dtype(model.dtype, device)[0]).removeprefix("torch.")
+
+
+def with_dtype_of(recipe: Recipe, state: Mapping[str, Any]) -> Recipe:
+    """The recipe with `model.dtype: auto` settled as the checkpoint has it: measured anew, it might fall otherwise."""
+    then = state["plan"].get("dtype")
+    if recipe.model.dtype != "auto" or recipe.method.name == "full" or then is None:
+        return recipe  # full fine-tuning under auto is float32 everywhere
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": then})})
+
+
+def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Put a checkpoint into the run.
+
+    Raises:
+        UsageError: the plan or the trainable parameters differ; the message names what does.
+    """
+    now, then = plan(run), saved.state["plan"]
+    different = [f"{key}: {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value]
+    if different:
+        raise UsageError(
+            f"cannot resume from {saved.path}: the plan of the run has changed",
+            why="; ".join(different),
+            fix=f"resume with {run.work_dir / 'recipe.yaml'} (num_epochs and learning_rate may change)",
+            next_command=checkpoint.resume_command(run.work_dir),
+        )
+    checkpoint.load_weights(run.model, saved.weights)
+    run.engine.load_state(saved.optimizer)
+    checkpoint.restore_random_states(saved.optimizer)
+    run.step = run.first_step = saved.state["step"]
+    run.trained_tokens, run.skipped_steps = saved.state["trained_tokens"], saved.state["skipped_steps"]
+    run.say(f"resumed from {saved.path} at step {run.step} of {run.total_steps}")

@@ -1,0 +1,34 @@
+"""Pictures of live objects: the very arrays that are trained on, drawn, with their data beside the figure.
+
+    picture = viz.attention_mask([3, 2]);  picture                 the last expression of a cell is shown
+    picture.data["mask"]                                           what was drawn, to assert on
+
+`viz` looks in from outside: nothing in the package imports it. Lessons: notebooks 01 to 04 and 07.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Picture": "picture",
+    "TokenHtml": "tokens",
+    "token_strip": "tokens",
+    "token_html": "tokens",
+    "label_strip": "tokens",
+    "attention_mask": "attention",
+    "packing_bins": "packing",
+    "length_histogram": "lengths",
+    "ledger_bar": "lengths",
+    "loss_curve": "loss",
+    "LiveLoss": "loss",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used: matplotlib takes a second, and `token_html` works without it."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
