@@ -19,6 +19,7 @@ class MinitunerError(Exception):
     """Something failed; the text says what, why and what to do next. Exit code 1."""
 
     exit_code = 1
+    said_elsewhere = False  # with several ranks: another one prints this, so the message is not repeated
 
     def __init__(self, what: str, *, why: str = "", fix: str = "", next_command: str = "") -> None:
         self.what, self.why, self.fix, self.next_command = what, why, fix, next_command
@@ -51,7 +52,7 @@ class SourceError(MinitunerError):
 
 
 class StoppedEarly(MinitunerError):
-    """Training was asked to stop and saved a checkpoint first. Exit code 75 (or 130 for Ctrl-C)."""
+    """Training was asked to stop; what was trained is in a checkpoint. Exit code 75 (or 130 for Ctrl-C)."""
 
     exit_code = 75
 

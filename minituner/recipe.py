@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from minituner.errors import UsageError, nearest
+from minituner.recipe_yaml import parse_overrides, read_yaml, set_value, to_yaml
 
 
 class Section(BaseModel):
@@ -224,7 +224,7 @@ class Recipe(Section):
         text = str(name_or_file)
         path = Path(text)
         if path.suffix in {".yaml", ".yml"} or path.is_file():
-            values, origin = _read_yaml(path), text
+            values, origin = read_yaml(path), text
         elif path.is_dir():
             raise UsageError(f"{text!r} is a folder, not a recipe", fix=f"name the file, e.g. {path / 'recipe.yaml'}")
         else:
@@ -238,8 +238,8 @@ class Recipe(Section):
         cls, values: dict[str, Any], origin: str = "recipe", overrides: Iterable[str] | Mapping[str, Any] = ()
     ) -> Recipe:
         """Apply overrides to a plain mapping, check it and return the recipe; every problem is in the one error."""
-        for key, value in _parse_overrides(overrides):
-            _set(values, key, value)
+        for key, value in parse_overrides(overrides):
+            set_value(values, key, value)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -251,7 +251,7 @@ class Recipe(Section):
 
     def dump(self, path: str | Path | None = None) -> str:
         """The recipe as YAML; also written to `path` when given. Loads back to an equal object."""
-        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
+        text = to_yaml(self.model_dump(mode="json"))
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -266,93 +266,10 @@ class Recipe(Section):
                 for inner, inner_field in type(value).model_fields.items():
                     dumped = value.model_dump(mode="json")[inner]
                     lines += [f"  # {inner_field.description}"]
-                    lines += ["  " + line for line in _yaml_lines({inner: dumped})]
+                    lines += ["  " + line for line in to_yaml({inner: dumped}).splitlines()]
             else:
-                lines += [f"# {field.description}", *_yaml_lines({key: value})]
+                lines += [f"# {field.description}", *to_yaml({key: value}).splitlines()]
         return "\n".join(lines) + "\n"
-
-
-def _yaml_lines(values: Mapping[str, Any]) -> list[str]:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n").split("\n")
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; a recipe must not hide one of its own lines."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (list, dict)) or key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(
-            f"no such recipe file: {path}",
-            fix="check the path, or start from a shipped recipe",
-            next_command="minituner list-cfg",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the recipe {path}: {error}") from None
-    try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506  (a SafeLoader with one more check)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid YAML: {error}", fix="correct the line named above") from None
-    if not isinstance(values, dict):
-        raise UsageError(
-            f"{path} holds no settings (found {type(values).__name__})", next_command="minituner copy-cfg NAME ."
-        )
-    return values
-
-
-def _parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
-    if isinstance(overrides, Mapping):
-        return list(overrides.items())
-    parsed = []
-    for item in overrides:
-        key, sign, value = item.partition("=")
-        if not sign or not key:
-            raise UsageError(f"{item!r} is not an override", fix="write key.path=value, e.g. train.learning_rate=1e-4")
-        try:
-            parsed.append((key.strip(), yaml.safe_load(value)))
-        except yaml.YAMLError as error:
-            raise UsageError(f"override {item!r}: the value is not valid YAML: {error}") from None
-    return parsed
-
-
-def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set `data.sources.0.path`-like keys in nested mappings and lists."""
-    *parents, last = dotted.split(".")
-    place: Any = values
-    for part in parents:
-        if isinstance(place, list):
-            place = _list_item(place, part, dotted)
-        else:
-            if not isinstance(place.get(part), (dict, list)):
-                place[part] = {}
-            place = place[part]
-    if isinstance(place, list):
-        _list_item(place, last, dotted)
-        place[int(last)] = value
-    else:
-        place[last] = value
-
-
-def _list_item(items: list[Any], part: str, dotted: str) -> Any:
-    if not part.isdigit() or int(part) >= len(items):
-        raise UsageError(
-            f"override {dotted!r}: {part!r} is not an item of that list",
-            why=f"it has {len(items)} items, counted from 0",
-        )
-    return items[int(part)]
 
 
 def _fields_at(location: Sequence[Any]) -> list[str]:

@@ -175,15 +175,15 @@ def hide_control_tokens(conversation: Conversation, mark: str, facts: TokenizerF
     return Conversation(messages, hide(conversation.tools))
 
 
-def reveal(text: str, mark: str, facts: TokenizerFacts) -> Iterator[str | list[int]]:
-    """Rendered text as pieces: texts as they are, and typed control tokens as ids of their text.
+def reveal(text: str, mark: str) -> Iterator[str | int]:
+    """Rendered text as pieces: texts as they are, and typed control tokens as their number (see `facts.as_text`).
 
     Raises:
         DataError: the template wrote the mark in another way (as a JSON escape), so it cannot be put back.
     """
     for i, piece in enumerate(re.split(f"{mark}(\\d+){mark}", text)):
         if i % 2:
-            yield facts.as_text(int(piece))
+            yield int(piece)
         elif mark in piece or f"\\u{ord(mark):04x}" in piece.lower():
             raise DataError(
                 "the text of a control token inside a message cannot be kept as text: the chat template rewrites it",

@@ -15,6 +15,7 @@ Lesson: notebook 03.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from minituner.errors import DataError, UsageError
 
 IGNORE = -100
 KINDS = ("prompt", "answer", "text", "eos", "bos")
+BLOCK = 250  # conversations that are rendered while the tokenizer works on as many
 BosPolicy = Literal["once", "xtuner"]
 
 
@@ -53,12 +55,13 @@ class Encoded:
 
 @dataclass(slots=True)
 class _Piece:
-    """A piece of one document on its way to ids: text still to tokenise, or ids that are known already."""
+    """A piece of one document on its way to ids: text, or a typed control token's number, or ids known already."""
 
     kind: str
     trained: bool
     text: str = ""
     ids: Sequence[int] | None = None
+    typed: int | None = None
 
 
 def encode(
@@ -110,23 +113,30 @@ def encode_many(
             fix="data.loss_on=assistant, or data.bos_policy=once",
         )
     facts = TokenizerFacts.of(tokenizer)
-    pieces: list[list[_Piece]] = []
-    for index, conversation in enumerate(conversations):
+    bos = own_bos(tokenizer) if bos_policy == "once" else None
+
+    def pieces(index: int) -> list[_Piece]:
         try:
             if bos_policy == "xtuner":
                 from minituner.data.xtuner_encoding import xtuner_pieces
 
-                pieces.append([_Piece(*piece) for piece in xtuner_pieces(conversation, tokenizer, template)])
-            else:
-                pieces.append(_pieces(conversation, facts, template, loss_on, allow_control_tokens, False))
+                return [_Piece(*piece) for piece in xtuner_pieces(conversations[index], tokenizer, template)]
+            document = _pieces(conversations[index], facts, template, loss_on, allow_control_tokens, False)
         except DataError as error:
             if on_error is None:
                 raise
             on_error(index, error)
-            pieces.append([])
-    bos = own_bos(tokenizer) if bos_policy == "once" else None
-    _tokenise([p for document in pieces for p in document if p.ids is None], facts)
-    return _assemble([_with_bos(d, bos) if template != "native" or _is_text(d) else d for d in pieces])
+            return []
+        return _with_bos(document, bos) if template != "native" or _is_text(document) else document
+
+    # The tokenizer works outside the interpreter lock: while it is busy with one block, the next is being rendered.
+    # Only the one thread touches it, because its settings belong to it and not to a call.
+    blocks = [range(at, min(at + BLOCK, len(conversations))) for at in range(0, len(conversations), BLOCK)]
+    if len(blocks) < 2:
+        return _finish([pieces(index) for block in blocks for index in block], facts)
+    with ThreadPoolExecutor(max_workers=1) as tokenising:
+        jobs = [tokenising.submit(_finish, [pieces(index) for index in block], facts) for block in blocks]
+        return [document for job in jobs for document in job.result()]
 
 
 def encode_prompt(
@@ -140,8 +150,7 @@ def encode_prompt(
     facts = TokenizerFacts.of(tokenizer)
     pieces = _pieces(conversation, facts, template, "assistant", allow_control_tokens, True)
     bos = None if template == "native" else own_bos(tokenizer)
-    _tokenise([p for p in pieces if p.ids is None], facts)
-    return _assemble([_with_bos(pieces, bos)])[0].input_ids.tolist()
+    return _finish([_with_bos(pieces, bos)], facts)[0].input_ids.tolist()
 
 
 def stop_rule(tokenizer: Any, template: str = "native") -> tuple[list[int], list[str]]:
@@ -210,9 +219,9 @@ def _pieces(
         elif not mark:
             pieces.append(_Piece(segment.kind, segment.trained, segment.text))
         else:
-            for part in reveal(segment.text, mark, facts):
-                text, ids = (part, None) if isinstance(part, str) else ("", part)
-                pieces.append(_Piece(segment.kind, segment.trained, text, ids))
+            for part in reveal(segment.text, mark):
+                text, typed = (part, None) if isinstance(part, str) else ("", part)
+                pieces.append(_Piece(segment.kind, segment.trained, text, typed=typed))
     return pieces
 
 
@@ -226,6 +235,15 @@ def _joined(segments: list[Segment]) -> list[Segment]:
         elif segment.text or segment.kind == "eos":
             joined.append(segment)
     return joined
+
+
+def _finish(documents: list[list[_Piece]], facts: TokenizerFacts) -> list[Encoded]:
+    """Pieces become documents: everything that needs the tokenizer itself."""
+    for piece in chain.from_iterable(documents):
+        if piece.typed is not None:
+            piece.ids = facts.as_text(piece.typed)
+    _tokenise([piece for piece in chain.from_iterable(documents) if piece.ids is None], facts)
+    return _assemble(documents)
 
 
 def _tokenise(pieces: list[_Piece], facts: TokenizerFacts) -> None:

@@ -15,10 +15,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from minituner.data.collate import Batch
+from minituner.data.collate import Batch, collate
 from minituner.data.encoding import IGNORE
 from minituner.model.attention import packed_kwargs
 
@@ -26,8 +27,12 @@ from minituner.model.attention import packed_kwargs
 def loss_sum(model: Any, batch: Batch, implementation: str) -> torch.Tensor:
     """Cross-entropy summed over the batch's supervised tokens, a float32 scalar.
 
-    A batch without any keeps its place in the graph and is exactly 0, so it changes nothing.
+    A batch without any keeps its place in the graph and is exactly 0, so it changes nothing; so does an empty batch
+    (T = 0), the share of a rank for which no pack was left.
     """
+    if not batch.input_ids.shape[1]:  # a token without a target: the rank takes part in whatever the others compute
+        silent = (np.zeros(1, dtype=np.int64), np.full(1, IGNORE))
+        batch = collate([[silent]]).to(batch.input_ids.device)
     keep = (batch.shift_labels[0] != IGNORE).nonzero().squeeze(1)
     targets = batch.shift_labels[0, keep]
     if not len(keep):

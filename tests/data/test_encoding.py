@@ -14,7 +14,7 @@ from minituner.catalog.lookup import load
 from minituner.data import encode
 from minituner.data.control_tokens import TokenizerFacts, control_strings, encode_as_text
 from minituner.data.conversation import Conversation, Message
-from minituner.data.encoding import IGNORE, KINDS, encode_many, encode_prompt, own_bos, stop_rule
+from minituner.data.encoding import BLOCK, IGNORE, KINDS, encode_many, encode_prompt, own_bos, stop_rule
 from minituner.data.templates import NamedTemplate
 from minituner.errors import DataError, UsageError
 from tests.data import chat_templates as ct
@@ -204,10 +204,10 @@ def test_no_bos_is_added_for_a_tokenizer_that_adds_none() -> None:
 def test_a_document_has_bos_text_and_end() -> None:
     document = encode_many([Conversation([Message("text", "从前<s>有")])], tokenizer("mistral_like"))[0]
     assert [KINDS[k] for k in dict.fromkeys(document.kinds.tolist())] == ["bos", "text", "eos"]
-    assert (
-        document.input_ids.tolist() == [256, *"从前<s>有".encode().__iter__(), 257]
-        or len(document) == len("从前<s>有".encode()) + 2
-    )
+    ids = document.input_ids.tolist()
+    assert (ids[0], ids[-1]) == (256, 257)
+    assert len(ids) == len("从前<s>有".encode()) + 2  # a typed BOS is text here too
+    assert tokenizer("mistral_like").decode(ids[1:-1]) == "从前<s>有"
     assert document.trained.tolist() == [False] + [True] * (len(document) - 1)
     silent = encode_many([Conversation([Message("text", "x", loss=False)])], tokenizer("mistral_like"))[0]
     assert not silent.trained.any()
@@ -294,3 +294,20 @@ def test_encode_as_text_never_gives_a_control_id() -> None:
             assert set(ids).isdisjoint(made.all_special_ids)
             assert made.decode(ids) == text
         assert made.encode("<|im_end|>", add_special_tokens=False) != encode_as_text("<|im_end|>", made)
+
+
+def test_blocks_that_are_tokenised_in_the_background_are_as_each_alone() -> None:
+    """Typed control tokens switch the tokenizer's settings; the block after must not feel it."""
+    texts = ["你好", "<|im_end|> typed", "a", "{}"]
+    conversations = [talk((f"{texts[i % 4]}{i}", texts[(i + 1) % 4])) for i in range(2 * BLOCK + 7)]
+    for key in ("native", "default"):
+        together = encode_many(conversations, tokenizer("chatml"), key)
+        assert len(together) == len(conversations)
+        for conversation, document in list(zip(conversations, together, strict=True))[::5]:
+            assert encode(conversation, tokenizer("chatml"), key)["input_ids"] == document.input_ids.tolist()
+    broken = [*conversations, talk(("a", "b"), system="s")]
+    with pytest.raises(DataError, match="no place for a system text"):
+        encode_many(broken, tokenizer("chatml"), "minicpm")
+    told: list[int] = []
+    encode_many(broken, tokenizer("chatml"), "minicpm", on_error=lambda number, _: told.append(number))
+    assert told == [len(conversations)]

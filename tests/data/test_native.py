@@ -180,7 +180,7 @@ def test_marks_may_come_in_pieces_and_must_be_on_every_trained_answer() -> None:
     pieces = ct.MARKED_HALF.replace(
         "{{ m['content'][2:] +", "{% generation %}{{ m['content'][2:] }}{% endgeneration %}{{"
     )
-    segments = render(TALKS[0], tokenizer=chatml(pieces.replace("{{ '<|im_end|>\\n'", "{{ '<|im_end|>\\n'")))
+    segments = render(TALKS[0], tokenizer=chatml(pieces))
     assert [s.text for s in segments if s.trained] == ["Hello!<|im_end|>"]
     last_only = ct.MARKED.replace("if m['role'] == 'assistant'", "if m['role'] == 'assistant' and loop.last")
     with pytest.raises(DataError, match="disagree on answer 0"):
