@@ -16,23 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from minituner.errors import MinitunerError, UsageError
+from minituner.home import data_script
 
 RECIPE = "smollm2_135m_instruct_lora_personal_assistant_e3"
 PROMPTS = ["Who are you?", "What is the capital of France?", "Write one sentence about the sea."]
-
-
-def data_script(name: str) -> Path:
-    """A script of `data_scripts/`: in the repository, or inside the installed package.
-
-    Raises:
-        MinitunerError: it is in neither place.
-    """
-    package = Path(__file__).resolve().parent
-    places = [package.parent / "data_scripts" / name, package / "data_scripts" / name]
-    for place in places:
-        if place.is_file():
-            return place
-    raise MinitunerError(f"the script {name} is missing", why="looked in " + " and ".join(map(str, places)))
 
 
 def make_data(out: Path, name: str, author: str, lang: str = "en", seed: int = 42) -> Path:

@@ -10,6 +10,7 @@ Nothing is opened here but hub data sets; `records.py` reads. Lesson: notebook 0
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minituner.errors import DataError, SourceError, nearest
+from minituner.home import find_data_script
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
@@ -74,6 +76,13 @@ def is_data_file(path: Path) -> bool:
 
 
 def _missing(path: Path) -> DataError:
+    if script := find_data_script(f"make_{path.stem}.py"):
+        return DataError(
+            f"{path}: no such file",
+            why="it is made by a script, which has not been run here",
+            fix="run it, or give the path of your own file with data.sources.0.path=FILE",
+            next_command=f"python {os.path.relpath(script)} --help",
+        )
     if not path.parent.is_dir():
         return DataError(f"{path}: no such file", why=f"the folder {path.parent} does not exist", fix="check the path")
     names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir() or is_data_file(entry))

@@ -224,7 +224,7 @@ def make_records(out: Path, count: int, seed: int) -> Path:
     Raises:
         MinitunerError: the script failed (a full disk).
     """
-    from minituner.quickstart import data_script
+    from minituner.home import data_script
 
     script = data_script("make_alpaca_like.py")
     arguments = ["--records", str(count), "--out", str(out), "--seed", str(seed)]

@@ -332,3 +332,10 @@ def test_known_names_are_lower_case_and_dotted() -> None:
 def test_real_files_equal_json_load(name: str) -> None:
     path = SHARED / "data" / name
     assert list(read_records(path)) == json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_file_that_a_script_makes_names_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        list(read_records("data/personal_assistant.json"))
+    assert "make_personal_assistant.py" in caught.value.next_command
