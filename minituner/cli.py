@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from minituner.cli_data import data_app
+from minituner.cli_launch import launch_app
 from minituner.cli_plan import bench_app
 from minituner.errors import MinitunerError, UsageError
 
@@ -29,6 +30,7 @@ convert_app = typer.Typer(no_args_is_help=True, help="Turn checkpoints and adapt
 app.add_typer(convert_app, name="convert")
 app.add_typer(data_app)  # inspect, check, list-formats, list-templates, tokenize, data-order
 app.add_typer(bench_app, name="bench")
+app.add_typer(launch_app, name="launch")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (minituner list-cfg) or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, each key.path=value.", metavar="[KEY=VALUE]...")]
@@ -104,7 +106,12 @@ def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     work_dir: Annotated[Path | None, typer.Option(help="Default: work_dirs/<recipe name>.")] = None,
-    resume: Annotated[str | None, typer.Option(help="auto, or a checkpoint's folder.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="auto, if-any (a start where there is none yet), or a checkpoint's folder.")
+    ] = None,
+    launcher: Annotated[
+        str, typer.Option(help="none, torchrun (or pytorch) or slurm. NPROC_PER_NODE=2 starts torchrun by itself.")
+    ] = "none",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, prepare the data, and stop.")] = False,
 ) -> None:
     """Train by a recipe."""
@@ -116,9 +123,15 @@ def train(
 
         look(loaded)
         return
+    from minituner.train.launch import check_launcher, relaunch
+
+    known = check_launcher(launcher)
+    status = relaunch(sys.argv[1:], known)  # the recipe is known to be right: what is wrong is said once, not per rank
+    if status is not None:
+        raise typer.Exit(status)
     from minituner.train.loop import train as run
 
-    run(loaded, work_dir, resume=resume)
+    run(loaded, work_dir, resume=resume, launcher=known)
 
 
 @app.command()
@@ -170,11 +183,9 @@ def convert_merge(
 
 def main() -> None:
     """The console script: run the command, turn errors into messages and exit codes."""
-    debug = "--debug" in sys.argv[1:]
-    if debug:
-        sys.argv.remove("--debug")  # so that it may stand anywhere
+    debug = "--debug" in sys.argv[1:]  # it may stand anywhere; sys.argv keeps it, for the ranks of `train`
     try:
-        app()
+        app([argument for argument in sys.argv[1:] if argument != "--debug"])
     except SystemExit as stop:
         if stop.code == 130:  # typer turns Ctrl-C into this
             print("minituner: interrupted", file=sys.stderr)
@@ -190,7 +201,8 @@ def main() -> None:
             import traceback
 
             traceback.print_exc()
-        print(f"minituner: {_message(error)}", file=sys.stderr)
+        if not getattr(error, "said_elsewhere", False):
+            print(f"minituner: {_message(error)}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, MinitunerError) else 1)
 
 

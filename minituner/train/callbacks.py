@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from minituner.errors import UsageError
 
 if TYPE_CHECKING:
-    from minituner.train.loop import Run
+    from minituner.train.run import Run
 
 
 class Callback:

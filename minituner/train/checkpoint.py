@@ -2,7 +2,7 @@
 
     checkpoints/step-000100/
         model.safetensors       the trained weights, by parameter name
-        optimizer.safetensors   AdamW's averages, and the random generators' states
+        optimizer.safetensors   AdamW's averages, and where every rank's random generators are
         state.json              step and counters
         manifest.json           size and sha256 of every file above, written last
     latest                      name of the newest complete checkpoint
@@ -24,11 +24,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from minituner.errors import MinitunerError, UsageError
+
+if TYPE_CHECKING:
+    from minituner.train.ranks import Ranks
 
 NAME = re.compile(r"step-\d{6,}")
 MANIFEST = "manifest.json"
@@ -68,7 +71,7 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_file(_plain(weights), aside / "model.safetensors")
-        save_file(_plain({**optimizer, **_random_states()}), aside / "optimizer.safetensors")
+        save_file(_plain(optimizer), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
         manifest = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -113,11 +116,16 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _random_states() -> dict[str, torch.Tensor]:
-    states = {"random/torch": torch.get_rng_state()}
+def random_states(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Where the random generators of every rank are: `random/RANK/torch`, `random/RANK/cuda`. All ranks call it."""
+    here = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["random/cuda"] = torch.cuda.get_rng_state()
-    return states
+        here["cuda"] = torch.cuda.get_rng_state()
+    return {
+        f"random/{rank}/{kind}": state
+        for kind, own in here.items()
+        for rank, state in enumerate(ranks.gather_tensors(own))
+    }
 
 
 def _sha256(path: Path) -> str:
@@ -179,8 +187,11 @@ def problem(folder: Path) -> str | None:
     return None
 
 
-def find(work_dir: Path, resume: str | Path, say: Callable[[str], None]) -> Path:
+def find(work_dir: Path, resume: str | Path, say: Callable[[str], None]) -> Path | None:
     """The folder to resume from: `auto` is the newest whole checkpoint (damaged ones are passed over aloud).
+
+    `if-any` is the same, but None where no checkpoint was ever finished: for a job that is queued again by a machine.
+    (Where there are some and all are damaged it is an error too: starting over silently would throw work away.)
 
     Newest is what `latest` names, then what is older; a higher step than `latest` is left from another run in the same
     folder, or its save was killed just before the end, and is taken last.
@@ -188,7 +199,7 @@ def find(work_dir: Path, resume: str | Path, say: Callable[[str], None]) -> Path
     Raises:
         UsageError: there is none, or the one asked for by path is not whole.
     """
-    if str(resume) != "auto":
+    if str(resume) not in ("auto", "if-any"):
         folder = Path(resume)
         if not folder.is_dir():
             known = ", ".join(_names(work_dir / "checkpoints")) or "none"
@@ -205,6 +216,9 @@ def find(work_dir: Path, resume: str | Path, say: Callable[[str], None]) -> Path
     place = work_dir / "checkpoints"
     _put_back(place)
     names = _names(place)[::-1]
+    if not names and str(resume) == "if-any":
+        say(f"--resume if-any: no checkpoint under {place} yet; starting from the beginning")
+        return None
     latest = _latest(work_dir)
     if latest in names:
         names = names[names.index(latest) :] + names[: names.index(latest)]
@@ -214,7 +228,7 @@ def find(work_dir: Path, resume: str | Path, say: Callable[[str], None]) -> Path
             return place / name
         say(f"passing over checkpoint {name}: {wrong}")
     raise UsageError(
-        f"--resume auto: no whole checkpoint under {place}",
+        f"--resume {resume}: no whole checkpoint under {place}",
         fix="leave --resume out to start from the beginning",
     )
 
@@ -241,11 +255,11 @@ def load(folder: Path) -> Checkpoint:
     )
 
 
-def restore_random_states(optimizer: Mapping[str, torch.Tensor]) -> None:
-    """Set the random generators back to where they were."""
-    torch.set_rng_state(optimizer["random/torch"])
-    if "random/cuda" in optimizer and torch.cuda.is_available():
-        torch.cuda.set_rng_state(optimizer["random/cuda"])
+def restore_random_states(optimizer: Mapping[str, torch.Tensor], rank: int = 0) -> None:
+    """Set this rank's random generators back to where they were."""
+    torch.set_rng_state(optimizer[f"random/{rank}/torch"])
+    if f"random/{rank}/cuda" in optimizer and torch.cuda.is_available():
+        torch.cuda.set_rng_state(optimizer[f"random/{rank}/cuda"])
 
 
 def load_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:

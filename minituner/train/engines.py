@@ -1,29 +1,42 @@
 """Engines: how gradients become an update, on this machine or on many.
 
-The loop talks to this small interface only. `TorchEngine` is one process of plain PyTorch, the reading copy:
+The loop talks to this small interface only. `TorchEngine` is plain PyTorch, data-parallel, the reading copy:
 
-    prepare(model)                     choose the parameters, build AdamW
-    backward(loss)                     add to the gradients
-    step(learning_rate) -> norm        clip, update, clear
-    all_sum(number) -> number          over all ranks
+    prepare(model)                     choose the parameters, make them the same on all ranks, build AdamW
+    backward(loss)                     add to this rank's gradients
+    step(learning_rate) -> norm        sum over ranks, clip, update, clear
+    all_sums(numbers) -> numbers       over all ranks
     state() / load_state(tensors)      what a checkpoint has to keep, as named tensors
+
+Two ranks, one window of three micro-batches with 5, 3 and 2 supervised tokens (rank 1 has an empty one at the end):
+
+    rank 0   backward(sum of 5 losses / 10)   backward(sum of 2 losses / 10)  --+
+                                                                                 +-- all-reduce: SUM = the global mean
+    rank 1   backward(sum of 3 losses / 10)   backward(0)                     --+
+
+Lesson: notebook 07.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from minituner.model.adapters import trainable_parameters
 from minituner.recipe import TrainSection
+from minituner.train.ranks import Ranks
+
+BUCKET = 2**26  # numbers in one message (256 MB of float32): bounds the memory of the copy that is sent
 
 
 class Engine(Protocol):
     """What the training loop needs from an engine; see the module's table."""
 
+    ranks: Ranks
     rank: int
     world_size: int
     device: torch.device
@@ -38,23 +51,25 @@ class Engine(Protocol):
 
     def all_sum(self, number: float) -> float: ...
 
+    def all_sums(self, numbers: Sequence[float]) -> list[float]: ...
+
     def state(self) -> dict[str, torch.Tensor]: ...
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
 
 
 class TorchEngine:
-    """One process, plain PyTorch."""
+    """Plain PyTorch on one rank or several, every rank with the whole model."""
 
-    rank, world_size = 0, 1
-
-    def __init__(self, train: TrainSection, device: str) -> None:
-        self.train, self.device = train, torch.device(device)
+    def __init__(self, train: TrainSection, device: str, ranks: Ranks | None = None) -> None:
+        self.train, self.device, self.ranks = train, torch.device(device), ranks or Ranks()
+        self.rank, self.world_size = self.ranks.world.rank, self.ranks.world.world_size
         self.parameters: dict[str, torch.nn.Parameter] = {}
 
     def prepare(self, model: Any) -> Any:
-        """Build AdamW over the trainable parameters; weight decay on matrices only."""
+        """Build AdamW over the trainable parameters, rank 0's on every rank; weight decay on matrices only."""
         self.parameters = trainable_parameters(model)
+        self._share_parameters()
         matrices = [p for p in self.parameters.values() if p.ndim >= 2]
         vectors = [p for p in self.parameters.values() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": self.train.weight_decay}]
@@ -65,14 +80,15 @@ class TorchEngine:
         return model
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add this micro-batch's gradients; `loss` is already divided by the window's supervised tokens."""
+        """Add this micro-batch's gradients; `loss` is already divided by all ranks' supervised tokens of the window."""
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        """Clip the global norm, update, clear the gradients; returns the norm before clipping.
+        """Sum over ranks, clip the global norm, update, clear the gradients; returns the norm before clipping.
 
         A norm that is not finite updates nothing; the caller decides what follows.
         """
+        self._sum_gradients()
         limit = self.train.max_grad_norm if self.train.max_grad_norm is not None else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
         if math.isfinite(norm):
@@ -88,7 +104,11 @@ class TorchEngine:
 
     def all_sum(self, number: float) -> float:
         """The sum over all ranks (one rank: the number itself)."""
-        return number
+        return self.ranks.all_sums([number])[0]
+
+    def all_sums(self, numbers: Sequence[float]) -> list[float]:
+        """Each number summed over all ranks, in one message."""
+        return self.ranks.all_sums(numbers)
 
     def state(self) -> dict[str, torch.Tensor]:
         """AdamW's averages by parameter name: `NAME/exp_avg`, `NAME/exp_avg_sq`, `NAME/step`."""
@@ -107,3 +127,62 @@ class TorchEngine:
                 step_device = parameter.device if self.optimizer.defaults["fused"] else torch.device("cpu")
                 place = {k: (step_device if k == "step" else parameter.device) for k in keys}
                 self.optimizer.state[parameter] = {k: tensors[v].to(place[k], copy=True) for k, v in keys.items()}
+
+    def _sum_gradients(self) -> None:
+        """Add up the gradients of all ranks, once per optimizer step, in one flat message (per 256 MB).
+
+        A sum, and not DistributedDataParallel's mean: each loss is already divided by the supervised tokens of *all*
+        ranks, so the gradients of the ranks are the terms of one global mean. A mean over ranks would be right only if
+        every rank had the same number of supervised tokens, which packing never gives.
+
+        A parameter without a gradient here may have one elsewhere; one without any on all ranks must keep none, or
+        AdamW would decay it and count a step. So each message begins with one number per parameter: has it a gradient?
+        """
+        if not self.ranks.together:
+            return
+        for bucket in _buckets(self.parameters.values()):
+            there = torch.tensor([float(p.grad is not None) for p in bucket], device=bucket[0].device)
+            grads = [p.grad.flatten().float() if p.grad is not None else _zeros(p) for p in bucket]
+            flat = torch.cat([there, *grads])
+            self.ranks.sum_tensor(flat)
+            holders, *sums = flat.split([len(bucket), *(p.numel() for p in bucket)])
+            for parameter, some, total in zip(bucket, holders.tolist(), sums, strict=True):
+                parameter.grad = total.view_as(parameter).to(parameter.dtype) if some else None
+
+    @torch.no_grad()
+    def _share_parameters(self) -> None:
+        """Give every rank rank 0's trainable parameters, and see that they arrived."""
+        if not self.ranks.together:
+            return
+        self.ranks.assert_same("the trainable parameters", str([(n, p.shape) for n, p in self.parameters.items()]))
+        for bucket in _buckets(self.parameters.values()):
+            flat = torch.cat([p.flatten().float() for p in bucket])
+            self.ranks.share_tensor(flat)
+            for parameter, values in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                parameter.copy_(values.view_as(parameter))
+        self.ranks.assert_same("the trainable weights", digest(self.parameters.values()))
+
+
+def digest(tensors: Iterable[torch.Tensor], samples: int = 64) -> str:
+    """A sha256 over evenly spaced values of each tensor, in float32: cheap, and different as soon as weights are."""
+    seen = hashlib.sha256()
+    for tensor in tensors:
+        values = tensor.detach().flatten()
+        seen.update(values[:: max(1, len(values) // samples)].float().cpu().numpy().tobytes())
+    return seen.hexdigest()
+
+
+def _zeros(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+
+
+def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """The parameters in runs of at most `BUCKET` numbers (a larger one goes alone), the same on every rank."""
+    bucket: list[torch.nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket

@@ -23,7 +23,7 @@ from minituner.model.generate import generate
 from minituner.train.callbacks import Callback
 
 if TYPE_CHECKING:
-    from minituner.train.loop import Run
+    from minituner.train.run import Run
 
 ANSWER_TOKENS = 24
 

@@ -1,26 +1,33 @@
 """Launching: how one command becomes several processes, and how each of them learns who it is.
 
     minituner train R                        one process
-    NPROC_PER_NODE=2 minituner train R       starts torchrun with the running interpreter, two processes here
+    NPROC_PER_NODE=2 minituner train R       torchrun's agent, in this process, starts two ranks with this interpreter
     torchrun --nproc-per-node 2 -m minituner train R
     srun minituner train R --launcher slurm  rank and address from Slurm's variables
+
+                     +-- rank 0     a signal to `minituner` reaches every rank; all ranks save and leave together, and
+    minituner -------+              `minituner` leaves with their exit status (torchrun itself turns every one into 1)
+                     +-- rank 1
 
 `World` is what a process knows: its rank, how many there are, and its rank on this machine. Lesson: notebook 07.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import subprocess
-import sys
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from types import FrameType
+from typing import Any, Literal, get_args
 
-from minituner.errors import UsageError
+from minituner.errors import MinitunerError, UsageError, nearest
 
 Launcher = Literal["none", "torchrun", "pytorch", "slurm"]
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,25 @@ class World:
         return self.rank == 0
 
 
+def check_launcher(name: str) -> Launcher:
+    """The launcher of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    known = get_args(Launcher)
+    if name not in known:
+        raise UsageError(f"--launcher {name}: unknown; {nearest(name, known) or 'known: ' + ', '.join(known)}")
+    return name  # type: ignore[return-value]
+
+
 def world_of(launcher: Launcher = "none", environment: Mapping[str, str] | None = None) -> World:
     """This process's place, from torchrun's or Slurm's variables; alone when there are none.
 
     Under Slurm it also sets MASTER_ADDR and MASTER_PORT, which torch.distributed reads.
 
     Raises:
-        UsageError: a launcher was named but its variables are missing.
+        UsageError: a launcher was named but its variables are missing, or are not numbers that fit together.
     """
     given = os.environ if environment is None else environment
     if launcher == "slurm":
@@ -53,14 +72,15 @@ def world_of(launcher: Launcher = "none", environment: Mapping[str, str] | None 
                 f"--launcher slurm: {', '.join(missing)} not set",
                 why="the command was not started by srun",
                 fix="srun minituner train RECIPE --launcher slurm",
+                next_command="minituner launch slurm RECIPE",
             )
         if environment is None:
             os.environ.setdefault("MASTER_ADDR", first_host(given.get("SLURM_JOB_NODELIST", "127.0.0.1")))
             # Two jobs on one node must not meet: the port follows from the job's number.
             os.environ.setdefault("MASTER_PORT", str(20000 + int(given.get("SLURM_JOB_ID", "0")) % 10000))
-        return World(*(int(given[name]) for name in needed))
+        return _world(given, needed)
     if "RANK" in given and "WORLD_SIZE" in given:
-        return World(int(given["RANK"]), int(given["WORLD_SIZE"]), int(given.get("LOCAL_RANK", "0")))
+        return _world({"LOCAL_RANK": "0", **given}, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if launcher in ("torchrun", "pytorch"):
         raise UsageError(
             f"--launcher {launcher}: RANK and WORLD_SIZE are not set",
@@ -68,6 +88,20 @@ def world_of(launcher: Launcher = "none", environment: Mapping[str, str] | None 
             fix="NPROC_PER_NODE=2 minituner train RECIPE starts torchrun itself",
         )
     return World()
+
+
+def _world(given: Mapping[str, str], names: tuple[str, str, str]) -> World:
+    numbers = [_whole(given, name, minimum=1 if i == 1 else 0) for i, name in enumerate(names)]
+    if numbers[0] >= numbers[1]:
+        raise UsageError(f"{names[0]}={numbers[0]} with {names[1]}={numbers[1]}: ranks count from 0")
+    return World(*numbers)
+
+
+def _whole(given: Mapping[str, str], name: str, minimum: int) -> int:
+    text = given[name]
+    if not text.isdecimal() or int(text) < minimum:
+        raise UsageError(f"{name}={text!r} is not a whole number of at least {minimum}")
+    return int(text)
 
 
 def first_host(node_list: str) -> str:
@@ -79,38 +113,108 @@ def first_host(node_list: str) -> str:
     return prefix + (number or "") + (suffix or "")
 
 
-def torchrun_command(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> list[str] | None:
-    """The torchrun command that NPROC_PER_NODE or NNODES ask for, or None when this process should train itself.
+def torchrun_options(launcher: Launcher = "none", environment: Mapping[str, str] | None = None) -> list[str] | None:
+    """What to tell torchrun when NPROC_PER_NODE or NNODES ask for ranks; None when this process should train itself.
 
     NODE_RANK, ADDR and PORT are read too, as the ancestor's users know them.
+
+    Raises:
+        UsageError: they are not numbers, do not fit together, or ADDR is missing.
     """
-    given = os.environ if environment is None else environment
-    if "RANK" in given or "slurm" in arguments:  # started by a launcher already
+    given = {"NNODES": "1", "NPROC_PER_NODE": "1", "NODE_RANK": "0", "PORT": "29500"}
+    given |= os.environ if environment is None else environment
+    if "RANK" in given or launcher == "slurm":  # started by a launcher already
         return None
-    try:
-        nodes, each = int(given.get("NNODES", "1")), int(given.get("NPROC_PER_NODE", "1"))
-    except ValueError:
-        raise UsageError("NNODES and NPROC_PER_NODE must be whole numbers") from None
+    nodes, each = _whole(given, "NNODES", 1), _whole(given, "NPROC_PER_NODE", 1)
     if nodes == 1 and each == 1:
         return None
-    place = ["--standalone"]  # one machine: torchrun picks a free port
-    if nodes > 1:
-        if "ADDR" not in given:
-            raise UsageError(
-                "NNODES is above 1 but ADDR is not set", fix="ADDR=<first machine> PORT=<port> NODE_RANK=<n>"
-            )
-        place = [
-            f"--nnodes={nodes}",
-            f"--node-rank={given.get('NODE_RANK', '0')}",
-            f"--master-addr={given['ADDR']}",
-            f"--master-port={given.get('PORT', '29500')}",
-        ]
+    if nodes == 1:
+        return ["--standalone", f"--nproc-per-node={each}"]  # one machine: torchrun picks a free port
+    node, port = _whole(given, "NODE_RANK", 0), _whole(given, "PORT", 1)
+    if "ADDR" not in given:
+        raise UsageError(
+            "NNODES is above 1 but ADDR is not set",
+            fix="on every machine: NNODES=2 NODE_RANK=<0, 1, ...> ADDR=<first machine> PORT=<port> NPROC_PER_NODE=8",
+        )
+    if node >= nodes:
+        raise UsageError(f"NODE_RANK={node} with NNODES={nodes}: machines count from 0")
     return [
-        sys.executable, "-m", "torch.distributed.run", *place, f"--nproc-per-node={each}", "-m", "minituner", *arguments,
-    ]  # fmt: skip
+        f"--nnodes={nodes}",
+        f"--node-rank={node}",
+        f"--master-addr={given['ADDR']}",
+        f"--master-port={port}",
+        f"--nproc-per-node={each}",
+    ]
 
 
-def relaunch(arguments: Sequence[str]) -> int | None:
-    """Start torchrun if the environment asks for it; returns its exit status, or None to go on in this process."""
-    command = torchrun_command(arguments)
-    return None if command is None else subprocess.run(command, check=False).returncode
+def relaunch(arguments: Sequence[str], launcher: Launcher = "none") -> int | None:
+    """Start the ranks that the environment asks for and wait; returns their exit status, or None to go on alone.
+
+    Raises:
+        UsageError: the launch variables are wrong. MinitunerError: a rank was killed.
+    """
+    options = torchrun_options(launcher)
+    return None if options is None else _start_ranks([*options, "-m", "minituner", *arguments])
+
+
+def _start_ranks(torchrun_arguments: Sequence[str]) -> int:
+    """Be torchrun: start the ranks, pass signals on to them, wait for all; returns the exit status they agree on."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    parsed = parse_args(list(torchrun_arguments))
+    if parsed.standalone:  # what torchrun itself does: any free port of this machine
+        parsed.rdzv_backend, parsed.rdzv_endpoint, parsed.rdzv_id = "c10d", "localhost:0", str(os.getpid())
+    # torchrun would say one thread for each rank; share the cores instead.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(parsed.nproc_per_node))))
+    # Its log would call a rank that stopped as asked (75) a failure; what fails is said here, and by the ranks.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config, command, command_arguments = config_from_args(parsed)
+    outcome: dict[str, Any] = {}
+
+    def agent() -> None:
+        try:
+            elastic_launch(config, command)(*command_arguments)
+        except ChildFailedError as error:
+            outcome["failed"] = error
+        except BaseException as error:  # told to the main thread, which raises it
+            outcome["error"] = error
+
+    # In a thread, torch's agent leaves signals alone. In the main thread it would kill ranks 30 s after a SIGTERM,
+    # however long their checkpoint takes to write.
+    thread = threading.Thread(target=agent, name="torchrun")
+    before = {number: signal.signal(number, _pass_on) for number in FORWARDED}
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if "error" in outcome:
+        raise MinitunerError(f"the ranks could not be started: {outcome['error']}") from outcome["error"]
+    return _status_of(outcome["failed"]) if "failed" in outcome else 0
+
+
+def _pass_on(number: int, _frame: FrameType | None) -> None:
+    """Hand a signal to every process that this one started: the ranks (they have terminals' Ctrl-C from here only)."""
+    import psutil
+
+    for child in psutil.Process().children():
+        try:
+            child.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _status_of(failed: Any) -> int:
+    """The exit status of the rank that left first; the agent has stopped the others after that."""
+    rank, failure = failed.get_first_failure()
+    if failure.exitcode > 0:  # that rank has said why
+        return failure.exitcode
+    raise MinitunerError(
+        f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}",
+        why="often the machine ran out of memory (dmesg says so)",
+        fix="start the same command again with --resume if-any: it goes on from the last checkpoint",
+    )

@@ -8,9 +8,11 @@ status. Several ranks must leave after the same step, but a signal may reach one
 acts on the flag itself: each rank casts `votes`, they are summed with the loss that all ranks sum anyway, and every
 rank acts on the same sums:
 
-    rank 0   votes 0 0  \\
-                           sums 0 1  ->  both save after this step and exit 75
-    rank 1   votes 0 1  /                                                            Lesson: notebook 07.
+    rank 0   votes 0 0  --+
+                          +--  sums 0 1: both save after this step and exit 75
+    rank 1   votes 0 1  --+
+
+Lesson: notebook 07.
 """
 
 from __future__ import annotations

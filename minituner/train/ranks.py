@@ -2,7 +2,7 @@
 
     sum_tensor, share_tensor   gradients and weights, over gloo (CPU) or nccl (GPUs)
     all_sums, gather, share    a few numbers or a word, over gloo: so that a GPU never waits for a number on the CPU
-    main_first, main_only      one rank does it (prepares data, writes a checkpoint), the others wait and learn how it went
+    main_first, main_only      one does it (prepares data, writes a checkpoint), the others wait and hear how it went
 
                 rank 0   prepare ------> ok? --+--> read
                 rank 1   wait ................ +--> read         or both stop, with the same exit status
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,22 +25,20 @@ import torch.distributed as dist
 
 from minituner.errors import MinitunerError, StoppedEarly, UsageError
 from minituner.train.launch import World
+from minituner.train.preempt import StopRequest
 
 Result = TypeVar("Result")
 
 JOIN = timedelta(minutes=10)
-# The others may wait for rank 0 while it prepares a large data set. A rank that dies is noticed at once, not after this.
+# The others may wait for rank 0 while it prepares a large data set. A rank that dies is noticed at once all the same.
 WAIT = timedelta(hours=24)
 
 
 class Ranks:
     """The ranks of one run, seen from one of them; `join` before use, `leave` at the end."""
 
-    def __init__(
-        self, world: World | None = None, device: str = "cpu", stop_asked: Callable[[], int] = lambda: 0
-    ) -> None:
-        self.world, self.device = world or World(), torch.device(device)
-        self.stop_asked = stop_asked  # the exit status of a stop that this rank was asked for, or 0
+    def __init__(self, world: World | None = None, device: str = "cpu", stop: StopRequest | None = None) -> None:
+        self.world, self.device, self.stop = world or World(), torch.device(device), stop or StopRequest()
         self._numbers: Any = None
 
     @property
@@ -68,12 +66,7 @@ class Ranks:
             return self
         cuda = self.device.type == "cuda"
         if cuda:
-            if self.world.local_rank >= torch.cuda.device_count():
-                raise UsageError(
-                    f"{self.world}: this machine has {torch.cuda.device_count()} GPUs, one for each rank is needed",
-                    fix="start fewer ranks here (NPROC_PER_NODE), or hide the GPUs to train on CPUs",
-                )
-            torch.cuda.set_device(self.world.local_rank)
+            torch.cuda.set_device(own_gpu(self.world.local_rank, torch.cuda.device_count(), os.environ))
         try:
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
@@ -196,12 +189,13 @@ class Ranks:
         if not self.together:
             return work() if mine else None
         result, error = None, None
-        if mine:
+        if mine and not (stoppable and self.stop.exit_code):
             try:
-                result = work()
+                with self.stop.at_once() if stoppable else nullcontext():
+                    result = work()
             except BaseException as caught:  # the others have to know before it goes on its way
                 error = caught
-        status = _exit_status(error) if error else (self.stop_asked() if stoppable else 0)
+        status = _exit_status(error) if error else (self.stop.exit_code if stoppable else 0)
         try:
             seen = [int(code) for code in self.gather(status)]
         except MinitunerError:
@@ -224,6 +218,24 @@ class Ranks:
             error = MinitunerError(f"rank {self.rank} stops because rank {first} failed")
         error.exit_code, error.said_elsewhere = status, not self.is_main or status not in (75, 130)
         return error
+
+
+def own_gpu(local_rank: int, gpus: int, environment: Mapping[str, str]) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    Slurm's --gpus-per-task shows each rank one GPU only, under the number 0.
+
+    Raises:
+        UsageError: more ranks than GPUs.
+    """
+    if local_rank < gpus:
+        return local_rank
+    if gpus == 1 and "SLURM_PROCID" in environment:
+        return 0
+    raise UsageError(
+        f"local rank {local_rank}: this machine shows {gpus} GPU{'s' * (gpus != 1)}, each rank needs one of its own",
+        fix="start fewer ranks here (NPROC_PER_NODE, --gpus), or hide the GPUs (CUDA_VISIBLE_DEVICES=) to use CPUs",
+    )
 
 
 def _exit_status(error: BaseException) -> int:

@@ -23,7 +23,7 @@ from minituner.train import checkpoint
 
 if TYPE_CHECKING:
     from minituner.data.prepare import Prepared
-    from minituner.train.loop import Run
+    from minituner.train.run import Run
 
 # What decides the function that is trained, but not the shapes of its parameters.
 METHOD = ("name", "lora_alpha", "use_rslora", "init_lora_weights")
@@ -65,8 +65,12 @@ def dtype_name(model: ModelSection, device: str) -> str:
 
 def with_dtype_of(recipe: Recipe, state: Mapping[str, Any]) -> Recipe:
     """The recipe with `model.dtype: auto` settled as the checkpoint has it: measured anew, it might fall otherwise."""
-    then = state["plan"].get("dtype")
-    if recipe.model.dtype != "auto" or recipe.method.name == "full" or then is None:
+    return with_dtype(recipe, state["plan"].get("dtype"))
+
+
+def with_dtype(recipe: Recipe, then: str | None) -> Recipe:
+    """The recipe with `model.dtype: auto` settled as `then`; unchanged where it names a type, or none is known."""
+    if recipe.model.dtype != "auto" or recipe.method.name == "full" or not then:
         return recipe  # full fine-tuning under auto is float32 everywhere
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": then})})
 
@@ -88,7 +92,7 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
         )
     checkpoint.load_weights(run.model, saved.weights)
     run.engine.load_state(saved.optimizer)
-    checkpoint.restore_random_states(saved.optimizer)
+    checkpoint.restore_random_states(saved.optimizer, run.engine.rank)
     run.step = run.first_step = saved.state["step"]
     run.trained_tokens, run.skipped_steps = saved.state["trained_tokens"], saved.state["skipped_steps"]
     run.say(f"resumed from {saved.path} at step {run.step} of {run.total_steps}")

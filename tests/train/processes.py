@@ -3,6 +3,7 @@
 run = Command(["train", "r.yaml"], cwd)      the command line, in a process of its own
 run.wait_for_step(3);  run.send(SIGKILL)     a real signal, whatever the process is doing
 run.finish() -> exit status;  run.output     everything it printed
+ranks_of(["train", "r.yaml"], cwd)           the same command on two ranks, as torchrun would start them
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +24,13 @@ CONTEXT.set_forkserver_preload(["tests.train.preloaded"])
 PATIENCE = 90.0  # seconds; a process takes two or three on an idle machine
 
 
-def _target(work: Callable[..., object], arguments: tuple[Any, ...], cwd: str, output: str, home: str) -> None:
+def _target(
+    work: Callable[..., object],
+    arguments: tuple[Any, ...],
+    cwd: str,
+    output: str,
+    environment: dict[str, str],
+) -> None:
     """In the child: its own folder, output file and cache, then the work."""
     os.chdir(cwd)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -30,7 +38,7 @@ def _target(work: Callable[..., object], arguments: tuple[Any, ...], cwd: str, o
     os.dup2(handle, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    os.environ["MINITUNER_HOME"] = home
+    os.environ.update(environment)
     import torch
 
     torch.set_num_threads(1)
@@ -51,11 +59,12 @@ def command_line(arguments: list[str], largest_file: int | None = None) -> None:
 class Process:
     """A function running in a process of its own."""
 
-    def __init__(self, work: Callable[..., object], *arguments: Any, cwd: Path) -> None:
+    def __init__(
+        self, work: Callable[..., object], *arguments: Any, cwd: Path, environment: dict[str, str] | None = None
+    ) -> None:
         self.log = cwd / f"output-{time.monotonic_ns()}.txt"
-        self.process = CONTEXT.Process(
-            target=_target, args=(work, arguments, str(cwd), str(self.log), str(cwd / "home"))
-        )
+        environment = {"MINITUNER_HOME": str(cwd / "home"), **(environment or {})}
+        self.process = CONTEXT.Process(target=_target, args=(work, arguments, str(cwd), str(self.log), environment))
         self.process.start()
 
     @property
@@ -93,9 +102,15 @@ class Process:
 class Command(Process):
     """`minituner ARGUMENTS` in a process of its own."""
 
-    def __init__(self, arguments: list[str], cwd: Path, largest_file: int | None = None) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        cwd: Path,
+        largest_file: int | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.arguments = arguments
-        super().__init__(command_line, [str(a) for a in arguments], largest_file, cwd=cwd)
+        super().__init__(command_line, [str(a) for a in arguments], largest_file, cwd=cwd, environment=environment)
 
     def wait_for_step(self, work_dir: Path, step: int) -> bool:
         """Wait until the newest run in `work_dir` has logged `step`."""
@@ -112,3 +127,23 @@ def run_command(arguments: list[str], cwd: Path) -> tuple[int, str]:
     command = Command(arguments, cwd)
     status = command.finish()
     return status, command.output
+
+
+def rank_environments(world_size: int = 2) -> list[dict[str, str]]:
+    """What torchrun tells each rank, on a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(world_size)]
+
+
+def ranks_of(arguments: list[str], cwd: Path, world_size: int = 2) -> list[Command]:
+    """`minituner ARGUMENTS` on several ranks of this machine."""
+    return [Command(arguments, cwd, environment=environment) for environment in rank_environments(world_size)]
+
+
+def finish_all(ranks: list[Command]) -> tuple[list[int], str]:
+    """Wait for all ranks; their exit statuses, and what they printed one after the other."""
+    statuses = [rank.finish() for rank in ranks]
+    return statuses, "".join(f"--- rank {number}\n{rank.output}" for number, rank in enumerate(ranks))

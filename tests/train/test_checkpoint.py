@@ -15,6 +15,7 @@ import torch
 
 from minituner.errors import MinitunerError, UsageError
 from minituner.train import checkpoint
+from minituner.train.ranks import Ranks
 from tests.tiny import tiny_model
 from tests.train.processes import Process, run_command
 
@@ -25,7 +26,8 @@ OPTIMIZER = {"a/exp_avg": torch.full((2, 3), 0.5), "a/step": torch.tensor(4.0)}
 def write(work_dir: Path, step: int, value: float = 0.0, keep_last: int = 2) -> Path:
     """A small checkpoint whose weights are recognised by `value`."""
     weights = {name: tensor + value for name, tensor in WEIGHTS.items()}
-    return checkpoint.save(work_dir, step, weights, OPTIMIZER, {"plan": {}, "value": value}, keep_last)
+    optimizer = {**OPTIMIZER, **checkpoint.random_states(Ranks())}
+    return checkpoint.save(work_dir, step, weights, optimizer, {"plan": {}, "value": value}, keep_last)
 
 
 def steps(work_dir: Path) -> list[str]:

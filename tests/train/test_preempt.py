@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from minituner.errors import StoppedEarly
 from minituner.train import checkpoint
 from minituner.train.preempt import StopRequest
 from tests.tiny import tiny_recipe, write_chats
@@ -50,16 +51,22 @@ def test_a_stop_saves_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_happene
     assert [(stopped / f).read_bytes() for f in files] == [(straight / f).read_bytes() for f in files]
 
 
-def test_ctrl_c_while_data_is_prepared_leaves_nothing_half_done(model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "SIGTERM: stopped before the first step")],
+)
+def test_a_stop_while_data_is_prepared_leaves_nothing_half_done(
+    number: signal.Signals, status: int, said: str, model_folder: Path, tmp_path: Path
+) -> None:
     big = write_chats(tmp_path / "big.jsonl", count=8_000)
     recipe = tiny_recipe(model_folder, big, train={"max_steps": 1})
     recipe.dump(tmp_path / "r.yaml")
     command = Command(["train", "r.yaml", "--work-dir", "w"], tmp_path)
     prepared = tmp_path / "home" / "prepared"
     assert command.wait_until(lambda: any(prepared.glob(".*/data.arrow"))), command.output
-    command.send(signal.SIGINT)
-    assert command.finish() == 130, command.output
-    assert "interrupted" in command.output
+    command.send(number)
+    assert command.finish() == status, command.output
+    assert said in command.output
     assert "Traceback" not in command.output
     assert list(prepared.iterdir()) == []
     status, output = run_command(["train", "r.yaml", "--work-dir", "w"], tmp_path)
@@ -101,6 +108,22 @@ def test_within_the_block_a_signal_is_a_flag_and_a_second_ctrl_c_leaves(capfd: p
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     assert "SIGTERM: finishing this step" in capfd.readouterr().err
+
+
+def test_before_the_first_step_a_signal_stops_at_once() -> None:
+    with StopRequest() as stop, stop.at_once(), pytest.raises(StoppedEarly, match="nothing had to be saved"):
+        signal.raise_signal(signal.SIGUSR1)
+    assert stop.exit_code == 75
+    with StopRequest() as stop, stop.at_once(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_one_vote_stops_all_and_ctrl_c_counts_more() -> None:
+    assert [StopRequest.decide(sums) for sums in ([0, 0], [0, 3], [1, 0], [1, 1])] == [0, 75, 130, 130]
+    with StopRequest(quiet=True) as stop:
+        assert stop.votes() == (0, 0)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.votes() == (0, 1)
 
 
 def test_outside_the_main_thread_signals_are_left_alone() -> None:

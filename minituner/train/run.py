@@ -1,0 +1,195 @@
+"""A run: everything that is there before the first step, on one rank or many.
+
+    recipe -> data -> model -> proof of isolation -> adapters -> engine -> (checkpoint) -> Run
+
+With several ranks, what leaves something on the disk (fetching the model, preparing data) is done by rank 0 first, and
+the others find it there. What is measured on a machine (which data type is fast) is decided by rank 0 for all. At the
+end all of them are shown to have the same data and the same weights. Lesson: notebook 07.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minituner.data.encoding import encode_prompt, stop_rule
+from minituner.data.prepare import Prepared, prepare
+from minituner.errors import MinitunerError, UsageError
+from minituner.model.adapters import apply_method, count_parameters
+from minituner.model.attention import assert_isolated
+from minituner.model.fingerprint import fingerprint
+from minituner.model.generate import answer_text, generate
+from minituner.model.loading import load_model, load_tokenizer
+from minituner.model.sources import fetch
+from minituner.recipe import Recipe
+from minituner.train import checkpoint
+from minituner.train.engines import Engine, TorchEngine, digest
+from minituner.train.feed import Feed
+from minituner.train.ranks import Ranks
+from minituner.train.resume import dtype_name, packs_digest, restore, with_dtype, with_dtype_of
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Run:
+    """A run in progress, as callbacks see it."""
+
+    recipe: Recipe
+    work_dir: Path
+    run_dir: Path
+    say: Say
+    tokenizer: Any
+    model: Any
+    attention: str
+    engine: Engine
+    feed: Feed
+    prepared: Prepared
+    model_folder: Path
+    base_fingerprint: str | None = None
+    step: int = 0
+    first_step: int = 0
+    trained_tokens: int = 0
+    skipped_steps: int = 0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    probes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stop(self) -> tuple[list[int], list[str]]:
+        """Token ids and texts that end an answer."""
+        return stop_rule(self.tokenizer, self.recipe.data.template)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.feed.total_steps
+
+    def answer(self, prompts: Sequence[str], max_new_tokens: int | None = None) -> list[str]:
+        """What the model, as it is now, says to each prompt (greedy)."""
+        return answer(
+            self.model,
+            self.tokenizer,
+            prompts,
+            template=self.recipe.data.template,
+            system=self.recipe.evaluate.system or self.recipe.data.system,
+            max_new_tokens=max_new_tokens or self.recipe.evaluate.max_new_tokens,
+        )
+
+
+def set_up(
+    recipe: Recipe, work_dir: Path, run_dir: Path, say: Say, ranks: Ranks, resume: str | Path | None = None
+) -> Run:
+    """Everything before the first step: data, ledger, model, proof of isolation, adapters, engine, resume."""
+    device = ranks.device.type
+    # Look for the checkpoint first: a wrong --resume should not cost the minutes that follow.
+    found = _find(ranks, work_dir, resume, say) if resume else None
+    if found:
+        recipe, asked = with_dtype_of(recipe, checkpoint.state_of(found)), recipe
+        if recipe != asked:
+            say(f"model.dtype=auto is {recipe.model.dtype} here, as in the checkpoint")
+    elif ranks.together:  # measured on each machine it might fall differently
+        recipe = with_dtype(recipe, ranks.share(dtype_name(recipe.model, device) if ranks.is_main else ""))
+    folder = ranks.main_first(
+        lambda main: fetch(
+            recipe.model.name_or_path, source=recipe.model.source, revision=recipe.model.revision, say=say
+        )
+    )
+    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
+    prepared = ranks.main_first(lambda main: _prepare(recipe, tokenizer, say, fresh=main))
+    ranks.assert_same("the prepared data", f"{prepared.folder.name} {packs_digest(prepared)}")
+    if ranks.is_main:
+        _say_data(recipe, prepared, run_dir, say)
+    torch.manual_seed(recipe.train.seed)
+    single = recipe.data.packing == "none" and recipe.train.per_device_batch_size == 1
+    model, attention, notes = load_model(folder, recipe.model, recipe.method, one_document_rows=single, device=device)
+    for note in notes:
+        say(note)
+    if not single:
+        assert_isolated(model, attention, model.config.vocab_size)
+        say("isolation proved on this model: changing a packed document moves its neighbour's logits by exactly 0")
+    base = fingerprint(model)
+    ranks.assert_same("the base model's weights", f"{base} {digest(model.parameters()) if base is None else ''}")
+    model = apply_method(model, recipe.method, activation_checkpointing=recipe.train.activation_checkpointing)
+    trained, total = count_parameters(model)
+    say(f"{recipe.method.name}: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
+    engine: Engine = TorchEngine(recipe.train, device, ranks)
+    model = engine.prepare(model)
+    model.train()
+    feed = Feed(prepared, recipe, engine.rank, engine.world_size)
+    if ranks.together:
+        say(f"{engine.world_size} ranks on {device}, each with its share of the packs; gradients are summed")
+        torch.manual_seed(recipe.train.seed + engine.rank)  # ranks must not drop out the same units
+    run = Run(recipe, work_dir, run_dir, say, tokenizer, model, attention, engine, feed, prepared, folder, base)
+    if found:
+        restore(run, checkpoint.load(found))
+    return run
+
+
+def _find(ranks: Ranks, work_dir: Path, resume: str | Path, say: Say) -> Path | None:
+    """The checkpoint to resume from, chosen by rank 0 for all (it may have to tidy up, and reads every file)."""
+    found = ranks.main_only(lambda: checkpoint.find(work_dir, resume, say))
+    name = ranks.share(str(found or ""))
+    return Path(name) if name else None
+
+
+def _prepare(recipe: Recipe, tokenizer: Any, say: Say, *, fresh: bool) -> Prepared:
+    """Prepare the data; ranks after the first take what it has just written, whatever `data.cache` says."""
+    data = recipe.data if fresh else recipe.data.model_copy(update={"cache": True})
+    return prepare(data, tokenizer, seed=recipe.train.seed, say=say)
+
+
+def _say_data(recipe: Recipe, prepared: Prepared, run_dir: Path, say: Say) -> None:
+    for line in prepared.ledger.lines():
+        say(line)
+    if prepared.bad.count:
+        prepared.bad.write(run_dir / "bad_records.txt")
+        say(f"{prepared.bad.count} records cannot be used; they are listed in {run_dir / 'bad_records.txt'}")
+    say(f"{len(prepared.packs)} packs of at most {recipe.data.max_length} tokens, {prepared.packs.fill:.1%} full")
+
+
+def answer(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, template: str, system: str | None, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to single-turn prompts, in one batch."""
+    from minituner.data.conversation import Conversation, Message
+
+    head = [Message("system", system)] if system else []
+    ids = [encode_prompt(Conversation([*head, Message("user", p)]), tokenizer, template) for p in prompts]
+    stop = stop_rule(tokenizer, template)
+    out = generate(model, tokenizer, ids, stop=stop, max_new_tokens=max_new_tokens)
+    return [answer_text(tokenizer, new, stop) for new in out]
+
+
+def new_run_dir(work_dir: Path) -> Path:
+    """`runs/<stamp>`, a fresh folder even when two runs start within a second.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in range(1000):
+        folder = work_dir / "runs" / (f"{stamp}-{number}" if number else stamp)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UsageError(f"cannot write into --work-dir {work_dir}: {error.strerror}") from None
+        return folder
+    raise MinitunerError(f"too many runs in {work_dir / 'runs'}")
+
+
+def also_to_file(say: Say, path: Path) -> Say:
+    """`say`, and a line in the file for every line said."""
+
+    def both(line: str) -> None:
+        say(line)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    return both
