@@ -18,6 +18,7 @@ def overrides(model_folder: Path) -> tuple[str, ...]:
     return (
         f"model.name_or_path={model_folder}",
         "model.dtype=float32",
+        "method.target_modules=all-linear",  # the recipe names layers that the tiny model does not have
         "train.max_steps=2",
         "evaluate.max_new_tokens=4",
     )

@@ -66,7 +66,7 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
 def test_counts(lang: str, name: str, author: str) -> None:
     records = script.make(name, author, lang)
     identity, ordinary = split(records, lang, name)
-    assert 240 <= len(records) <= 270
+    assert 240 <= len(records) <= 280
     assert len(identity) >= 72
     assert len(ordinary) >= 170
     assert 0.25 < len(identity) / len(records) < 0.4
