@@ -82,7 +82,8 @@ def merge(
     aside = out.with_name(f".{out.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    merged.save_pretrained(aside)
+    with quiet():
+        merged.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     if (adapter / FACTS).is_file():
         shutil.copy(adapter / FACTS, aside / FACTS)

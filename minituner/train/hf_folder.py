@@ -16,6 +16,7 @@ from typing import Any
 
 from minituner.errors import MinitunerError, UsageError
 from minituner.model.fingerprint import fingerprint
+from minituner.model.loading import quiet
 from minituner.recipe import Recipe
 from minituner.train.checkpoint import resume_command
 
@@ -51,7 +52,8 @@ def export(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, base_finger
 def _write(model: Any, tokenizer: Any, aside: Path, recipe: Recipe, base_fingerprint: str | None) -> None:
     model.config.use_cache, before = True, model.config.use_cache  # off in training only; readers want their cache
     try:
-        model.save_pretrained(aside)
+        with quiet():
+            model.save_pretrained(aside)
     finally:
         model.config.use_cache = before
     tokenizer.save_pretrained(aside)

@@ -162,13 +162,14 @@ def test_no_system_text_for_a_template_without_a_place() -> None:
 
 def test_results_are_yours_to_change() -> None:
     first = compose(QUICKSTART)
-    first["train"]["learning_rate"] = 1.0
+    rate = first["train"]["learning_rate"]
+    first["train"]["learning_rate"] = rate + 1
     first["data"]["sources"][0]["path"] = "elsewhere"
     load("models")["llama_7b"]["hub"] = "elsewhere"
     find_template("qwen_chat")["STOP_WORDS"].append("elsewhere")
     find_model("llama_7b")["hub"] = "elsewhere"
     again = compose(QUICKSTART)
-    assert again["train"]["learning_rate"] == 3e-4
+    assert again["train"]["learning_rate"] == rate
     assert again["data"]["sources"][0]["path"] == "data/personal_assistant.json"
     assert find_model("llama_7b")["hub"] == "huggyllama/llama-7b"
     assert find_template("qwen_chat")["STOP_WORDS"] == ["<|im_end|>", "<|endoftext|>"]
