@@ -196,13 +196,11 @@ def test_the_quick_tokenizer_is_the_real_one(model_folder: Path, own_home: Path,
 
 
 def test_the_quick_tokenizer_is_the_embedded_models_too() -> None:
-    from minituner.home import home
     from minituner.model.loading import load_tokenizer
+    from minituner.model.sources import EMBEDDED, fetch
     from minituner.recipe import ModelSection, Recipe
 
-    folder = home() / "models" / "smollm2-135m-instruct"
-    if not (folder / "tokenizer.json").is_file():
-        pytest.skip("the embedded model is not in the cache")
+    folder = fetch(EMBEDDED)
     recipe = Recipe(model=ModelSection(name_or_path=str(folder)), data=DataSection(sources=[{"path": "x.jsonl"}]))
     quick, real = tokenizer_of(recipe), load_tokenizer(folder)
     assert type(quick) is type(real)
