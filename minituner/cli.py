@@ -16,6 +16,7 @@ import typer
 
 from minituner.cli_data import data_app
 from minituner.cli_launch import launch_app
+from minituner.cli_migrate import migrate_app
 from minituner.cli_plan import bench_app
 from minituner.errors import MinitunerError, UsageError
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 convert_app = typer.Typer(no_args_is_help=True, help="Turn checkpoints and adapters into folders for other programs.")
 app.add_typer(convert_app, name="convert")
 app.add_typer(data_app)  # inspect, check, list-formats, list-templates, tokenize, data-order
+app.add_typer(migrate_app)  # import-cfg
 app.add_typer(bench_app, name="bench")
 app.add_typer(launch_app, name="launch")
 

@@ -1,0 +1,1 @@
+"""Old configs become recipes; they are read as text and never run."""
