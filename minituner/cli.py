@@ -14,11 +14,12 @@ from typing import Annotated
 
 import typer
 
+from minituner.cli_catalog import catalog_app
 from minituner.cli_data import data_app
 from minituner.cli_launch import launch_app
 from minituner.cli_migrate import migrate_app
 from minituner.cli_plan import bench_app
-from minituner.errors import MinitunerError, UsageError
+from minituner.errors import MinitunerError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 convert_app = typer.Typer(no_args_is_help=True, help="Turn checkpoints and adapters into folders for other programs.")
 app.add_typer(convert_app, name="convert")
+app.add_typer(catalog_app)  # list-cfg, list-models, copy-cfg
 app.add_typer(data_app)  # inspect, check, list-formats, list-templates, tokenize, data-order
 app.add_typer(migrate_app)  # import-cfg
 app.add_typer(bench_app, name="bench")
@@ -68,41 +70,6 @@ def quickstart(
     run(name, author, work_dir, lang=lang, overrides=tuple(overrides or ()))
 
 
-@app.command("list-cfg")
-def list_cfg(
-    pattern: Annotated[str | None, typer.Option("--pattern", "-p", help="Show names that contain this.")] = None,
-) -> None:
-    """List the shipped recipes."""
-    from minituner.catalog.lookup import list_recipes
-
-    names = list_recipes(pattern)
-    if not names:
-        raise UsageError(f"no recipe's name contains {pattern!r}", next_command="minituner list-cfg")
-    print("\n".join(names))
-
-
-@app.command("copy-cfg")
-def copy_cfg(
-    recipe: RecipeArgument,
-    folder: Annotated[Path, typer.Argument(help="Where to write NAME.yaml.")] = Path("."),
-    overrides: Overrides = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
-) -> None:
-    """Write a recipe as YAML with every field explained, to edit."""
-    from minituner.recipe import Recipe
-
-    loaded = Recipe.load(recipe, overrides or ())
-    path = folder / f"{loaded.name}.yaml"
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists", fix="choose another folder, or --force")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(loaded.dump_commented(), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", fix="choose a folder you can write to") from None
-    print(path)
-
-
 @app.command()
 def train(
     recipe: RecipeArgument,
@@ -114,12 +81,17 @@ def train(
     launcher: Annotated[
         str, typer.Option(help="none, torchrun (or pytorch) or slurm. NPROC_PER_NODE=2 starts torchrun by itself.")
     ] = "none",
+    deepspeed: Annotated[
+        str | None,
+        typer.Option(help="zero1, zero2, zero3, zero2_offload, zero3_offload, or a JSON: sets distributed.zero."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, prepare the data, and stop.")] = False,
 ) -> None:
     """Train by a recipe."""
     from minituner.recipe import Recipe
 
-    loaded = Recipe.load(recipe, overrides or ())
+    changes = [*(overrides or ()), *([f"distributed.zero={deepspeed}"] if deepspeed else [])]
+    loaded = Recipe.load(recipe, changes)
     if dry_run:
         from minituner.train.dry_run import dry_run as look
 
