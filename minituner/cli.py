@@ -15,10 +15,11 @@ from typing import Annotated
 import typer
 
 from minituner.cli_catalog import catalog_app
+from minituner.cli_chat import chat_app
 from minituner.cli_data import data_app
 from minituner.cli_launch import launch_app
 from minituner.cli_migrate import migrate_app
-from minituner.cli_plan import bench_app
+from minituner.cli_plan import bench_app, plan_app
 from minituner.errors import MinitunerError
 
 app = typer.Typer(
@@ -30,9 +31,11 @@ app = typer.Typer(
 )
 convert_app = typer.Typer(no_args_is_help=True, help="Turn checkpoints and adapters into folders for other programs.")
 app.add_typer(convert_app, name="convert")
+app.add_typer(chat_app)  # chat
 app.add_typer(catalog_app)  # list-cfg, list-models, copy-cfg
 app.add_typer(data_app)  # inspect, check, list-formats, list-templates, tokenize, data-order
 app.add_typer(migrate_app)  # import-cfg
+app.add_typer(plan_app)  # doctor
 app.add_typer(bench_app, name="bench")
 app.add_typer(launch_app, name="launch")
 
@@ -109,37 +112,18 @@ def train(
 
 
 @app.command()
-def chat(
-    model: Annotated[str, typer.Argument(help="An hf/ folder, a model's folder, or a catalog name.")],
-    prompt: Annotated[str | None, typer.Option(help="Ask this once and leave.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter to put on MODEL.")] = None,
-    template: Annotated[str | None, typer.Option(help="native, or a key of list-templates.")] = None,
-    system: Annotated[str | None, typer.Option(help="System text.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more varied.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this share.")] = 0.9,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+def plot(
+    work_dir: Annotated[Path, typer.Argument(help="The --work-dir of a training, running or not.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="FILE.png, .svg or .pdf.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers that were drawn.")] = False,
 ) -> None:
-    """Talk to a model, exactly the way it was trained."""
-    from minituner.chat.session import open_session
-    from minituner.chat.terminal import run, show
+    """Draw the curves of a training: loss, eval_loss, learning rate, gradient norm, tokens/s."""
+    import json
 
-    session = open_session(
-        model,
-        adapter=adapter,
-        template=template,
-        system=system,
-        trust_remote_code=trust_remote_code,
-        say=lambda line: print(line, file=sys.stderr),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-    )
-    if prompt is None:
-        run(session)
-    else:
-        session.ask(prompt, stream=show)
-        print()
+    from minituner.viz.run import plot as draw
+
+    facts = draw(work_dir, out)
+    print(json.dumps(facts, ensure_ascii=False) if as_json else f"{facts['summary']}\n{facts['file']}")
 
 
 @convert_app.command("merge")
@@ -153,6 +137,20 @@ def convert_merge(
     from minituner.export.merge import merge
 
     merge(adapter, out, base=base, overwrite=overwrite)
+
+
+@convert_app.command("deepspeed")
+def convert_deepspeed(
+    folder: Annotated[Path, typer.Argument(help="A run's folder with `latest`, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(help="Where model.safetensors goes.")],
+    trust_checkpoint: Annotated[
+        bool, typer.Option("--trust-checkpoint", help="Read it although pickles can run code.")
+    ] = False,
+) -> None:
+    """Take the weights out of a checkpoint that DeepSpeed wrote (minituner's own need no conversion)."""
+    from minituner.train.deepspeed_checkpoint import convert_deepspeed_checkpoint
+
+    print(convert_deepspeed_checkpoint(folder, out, trust_checkpoint))
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
-"""Commands about the machine: `minituner bench data`.
+"""Commands about the machine: `minituner doctor`, `minituner bench data`.
 
+    minituner doctor                         what is here, what each gap disables, the command that mends it
+    minituner doctor --json --network        the same for programs; the model hub is asked too
     minituner bench data > figures.json      progress goes to stderr, the figures to stdout
 
 Each is thin and calls a function that a notebook can call too; heavy imports live inside. Lesson: notebook 04.
@@ -13,7 +15,22 @@ from typing import Annotated
 
 import typer
 
+plan_app = typer.Typer()
 bench_app = typer.Typer(no_args_is_help=True, help="Measure minituner on this machine; prints JSON.")
+
+
+@plan_app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    network: Annotated[bool, typer.Option("--network", help="Ask the model hub too (two seconds at most).")] = False,
+) -> None:
+    """What this machine has, what each gap disables, and the command that mends it (exit status 1: it cannot train)."""
+    from minituner.plan.doctor import checkup
+
+    found = checkup(network=network)
+    print(json.dumps(found.values, indent=2, ensure_ascii=False) if as_json else found)
+    if not found.can_train:
+        raise typer.Exit(1)
 
 
 @bench_app.callback()

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from minituner.errors import UsageError, nearest
 from minituner.recipe_yaml import parse_overrides, read_yaml, set_value, to_yaml
+from minituner.train.zero import zero_name
 
 
 class Section(BaseModel):
@@ -38,9 +39,16 @@ class ModelSection(Section):
         "auto",
         description="Data type of the weights; auto measures what this machine computes fast (fp32 on most CPUs).",
     )
-    attention: Literal["auto", "per_document_sdpa", "flash_attention_2", "flash_attention_3", "sdpa", "eager"] = Field(
-        "auto", description="Attention implementation; auto picks the fastest one that isolates documents."
-    )
+    attention: Literal[
+        "auto",
+        "per_document_sdpa",
+        "per_document_eager",
+        "varlen",
+        "flash_attention_2",
+        "flash_attention_3",
+        "sdpa",
+        "eager",
+    ] = Field("auto", description="Attention implementation; auto picks the fastest one that isolates documents.")
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off unless you say so."
     )
@@ -109,6 +117,12 @@ class DataSection(Section):
     bos_policy: Literal["once", "xtuner"] = Field(
         "once", description="once: at most one BOS in front; xtuner: its class-name rules."
     )
+    holdout: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="Share of the records that is never trained on, for eval_loss; drawn with the seed, 0 is none.",
+    )
     shuffle: bool = Field(True, description="Draw the packs in a new seeded order each epoch.")
     num_proc: int = Field(
         1, ge=1, description="Processes that prepare the data; the result is the same for any number."
@@ -135,6 +149,9 @@ class TrainSection(Section):
     warmup_ratio: float = Field(
         0.03, ge=0, lt=1, description="Share of the steps that raise the learning rate linearly."
     )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw, or adamw_8bit: its averages in 8 bits, a quarter of their memory (bitsandbytes)."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay (matrices only).")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averaging factors.")
     max_grad_norm: float | None = Field(
@@ -142,6 +159,9 @@ class TrainSection(Section):
     )
     activation_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about 30% more time."
+    )
+    compile: bool = Field(
+        False, description="Compile the feed-forward blocks with torch.compile: faster steps after a slow first one."
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="Loss or gradient NaN or infinite: stop and say where, or skip and count."
@@ -162,10 +182,17 @@ class DistributedSection(Section):
     )
     sequence_parallel_size: int = Field(1, ge=1, description="Ranks that share one sequence (DeepSpeed Ulysses).")
 
+    @field_validator("zero")
+    @classmethod
+    def _zero_is_known(cls, value: str | None) -> str | None:
+        return zero_name(value) if value else None
+
 
 class EvaluateSection(Section):
     every_steps: int | None = Field(
-        100, ge=1, description="Answer the prompts every so many steps, and at both ends; null: at the ends only."
+        100,
+        ge=1,
+        description="Answer the prompts and measure eval_loss every so many steps, and at both ends; null: the ends only.",
     )
     prompts: list[str] = Field(
         default_factory=lambda: ["Please introduce yourself."], description="Prompts answered during training."

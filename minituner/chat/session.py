@@ -1,163 +1,283 @@
-"""A chat session: the history, the prompt built exactly as in training, the rule that ends an answer.
+"""A conversation with a model: the history, the prompt built exactly as in training, the rule that ends an answer.
 
-Each turn encodes the whole conversation anew through `minituner.data.encoding`, so the ids in front of an answer are
-the ids that training put there. The stop rule is read off an encoded example; nothing is guessed from names.
+    session = open_session("work_dirs/ada/hf")
+    for piece in session.reply("Who are you?"):      # text as it comes; close it, or set `stop`, to end it early
+        print(piece, end="", flush=True)
+
+Each turn encodes the conversation anew through `minituner.data.encoding`, so the ids in front of an answer are the ids
+that training put there. The stop rule is read off an encoded example; nothing is guessed from names. Where the context
+is full, the oldest turns are no longer sent:
+
+    messages   u1 a1 | u2 a2 u3 a3  u4?        `first` = 2: what is left of the bar is kept, shown, saved, and not sent
+
 Lesson: notebook 09.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from minituner.chat.answer import Answer
+from minituner.chat.loaded import BASE, LoadedModel
+from minituner.chat.settings import Settings, checked_names
+from minituner.chat.text_stream import TextStream
 from minituner.data.conversation import Conversation, Message
 from minituner.data.encoding import encode_prompt, stop_rule
 from minituner.errors import UsageError
-from minituner.model.generate import answer_text, generate
-from minituner.train.hf_folder import base_of, facts_of, put_adapter_on
+
+Stop = threading.Event | Callable[[], bool]
 
 
-@dataclass
-class ChatSession:
-    """A model, its tokenizer and a conversation that grows. `ask` adds a turn."""
+class Session:
+    """One conversation over a model that may be shared with others.
 
-    model: Any
-    tokenizer: Any
-    template: str = "native"
-    system: str | None = None
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 0.9
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    messages: list[Message] = field(default_factory=list)
+    Args:
+        loaded: the model (`open_model`).
+        adapter: the voice that answers, one of `loaded.names`; None is the first of them.
+        template: instead of the one it was trained with.
+        system: instead of the one it was trained with; "" is none.
+        settings: of every answer that is not given its own.
+        say: told when the oldest turns no longer fit.
+    """
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """The ids that would be sent for `text` as the next user message."""
-        head = [Message("system", self.system)] if self.system else []
-        return encode_prompt(
-            Conversation([*head, *self.messages, Message("user", text)]), self.tokenizer, self.template
-        )
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        adapter: str | None = None,
+        template: str | None = None,
+        system: str | None = None,
+        settings: Settings | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.loaded, self.settings, self.say = loaded, settings or Settings(), say
+        self.messages: list[Message] = []
+        self.first = 0  # index of the first message that is still sent
+        self._given_template, self._given_system = template, system
+        self._busy = threading.Lock()
+        self.adapter = loaded.names[0]
+        self._voice = loaded.voices[self.adapter]
+        self.use(adapter or self.adapter)
 
-    def ask(self, text: str, stream: Callable[[str], None] | None = None) -> str:
-        """The answer to `text`, which is then part of the history; `stream` gets the text as it grows.
+    @property
+    def model(self) -> Any:
+        """The weights (with the adapter that answered last, if there are several)."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the voice that answers."""
+        return self._voice.tokenizer
+
+    @property
+    def template(self) -> str:
+        """The template that prompts are made with."""
+        return self._given_template or self._voice.template
+
+    @property
+    def system(self) -> str | None:
+        """The system text in front of the conversation, if any."""
+        return (self._voice.system if self._given_system is None else self._given_system) or None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._given_system = text or ""
+
+    def use(self, adapter: str) -> None:
+        """Let another adapter (or `base`) answer from here on; the conversation stays.
+
+        Each adapter is asked with the template and system text it was trained with. The base is asked with those of
+        the adapter before it: the same prompt, so that the difference is the adapter's.
 
         Raises:
-            UsageError: the conversation no longer fits into the model's context.
+            UsageError: there is no such adapter, or no such template.
         """
-        ids = self.prompt_ids(text)
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if context and len(ids) + self.max_new_tokens > context:
+        voice = self.loaded.voices[self.loaded.check(adapter)]
+        if adapter != BASE or self.adapter == BASE:
+            self._voice = voice
+        self.adapter = adapter
+        if self.template == "native" and not getattr(self.tokenizer, "chat_template", None):
             raise UsageError(
-                f"the conversation ({len(ids)} tokens) and {self.max_new_tokens} for the answer exceed {context}",
-                fix="start anew (RESET in the terminal), or lower --max-new-tokens",
+                "this model's tokenizer has no chat template",
+                why="base models usually come without one",
+                fix="name the template to ask with, e.g. --prompt-template default",
+                next_command="minituner list-templates",
             )
-        stop = stop_rule(self.tokenizer, self.template)
-        shown = _TextStream(self.tokenizer, stop, stream) if stream else None
-        out = generate(
-            self.model,
-            self.tokenizer,
-            [ids],
-            stop=stop,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            repetition_penalty=self.repetition_penalty,
-            stream=shown.put if shown else None,
+        self._stop_rule = stop_rule(self.tokenizer, self.template)
+
+    def fork(self, adapter: str | None = None) -> Session:
+        """Another conversation that begins as this one is now; `adapter` answers there."""
+        other = Session(
+            self.loaded,
+            adapter=self.adapter if self.adapter != BASE else None,
+            template=self._given_template,
+            system=self._given_system,
+            settings=self.settings,
+            say=self.say,
         )
-        answer = answer_text(self.tokenizer, out[0], stop)
-        if shown:
-            shown.finish(answer)
-        self.messages += [Message("user", text), Message("assistant", answer)]
-        return answer
+        other._voice, other.adapter = self._voice, self.adapter
+        other.use(adapter or self.adapter)
+        other.messages, other.first = list(self.messages), self.first
+        return other
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """The ids that would be sent for `text` as the next user message, if all of them fit."""
+        return self._ids(text, self.first)
+
+    def _ids(self, text: str, first: int) -> list[int]:
+        head = [Message("system", self.system)] if self.system else []
+        turns = [*head, *self.messages[first:], Message("user", text)]
+        return encode_prompt(Conversation(turns), self.tokenizer, self.template)
+
+    def _fitted(self, text: str, room: int) -> list[int]:
+        """The ids to send, so that `room` tokens are left for the answer; the oldest turns make place.
+
+        Raises:
+            UsageError: the message alone is too long.
+        """
+        first, ids = self.first, self._ids(text, self.first)
+        context = self.loaded.context
+        while context and len(ids) + room > context:
+            if first >= len(self.messages):
+                raise UsageError(
+                    f"the message ({len(ids)} tokens) and {room} for the answer exceed {context}",
+                    fix="write less, or lower --max-new-tokens",
+                )
+            # A turn is a user message and all that follows it up to the next one.
+            first = next(
+                (i for i in range(first + 1, len(self.messages)) if self.messages[i].role == "user"),
+                len(self.messages),
+            )
+            ids = self._ids(text, first)
+        if first > self.first:
+            turns = sum(message.role == "user" for message in self.messages[self.first : first])
+            self.first = first
+            left = sum(message.role == "user" for message in self.messages[first:])
+            self.say(
+                f"the context of {context} tokens is full: the oldest {turns} turn{'s are' if turns != 1 else ' is'} no"
+                f" longer sent, {left or 'none'} before this message still {'is' if left == 1 else 'are'}"
+            )
+        return ids
+
+    def reply(self, prompt: str, settings: Settings | None = None, *, stop: Stop | None = None) -> Iterator[str]:
+        """The answer in pieces, as they become certain; together they are the answer.
+
+        When it ends, is stopped, or the iterator is closed, the turn is in `messages` with what was shown (nothing
+        shown: it is not). Other sessions may answer at the same time; they take turns.
+
+        Args:
+            stop: an event, or something to call; set or True ends the answer after the token that is being computed.
+
+        Raises:
+            UsageError: the message does not fit into the context, or this session is answering already.
+        """
+        chosen = settings or self.settings
+        if not self._busy.acquire(blocking=False):
+            raise UsageError("this session is answering already", fix="wait for it, stop it, or use another session")
+        try:
+            ids = self._fitted(prompt, chosen.max_new_tokens)
+            ended = threading.Event()
+            asked = stop.is_set if isinstance(stop, threading.Event) else stop
+            stop_ids, texts = self._stop_rule
+            rule = stop_ids, [*texts, *chosen.stop_words]
+            text = TextStream(self.tokenizer, rule[1])
+            job = Answer(
+                self.loaded,
+                self.adapter,
+                self.tokenizer,
+                ids,
+                rule,
+                chosen,
+                turns=len(self.messages),
+                interrupted=lambda: ended.is_set() or bool(asked and asked()),
+            )
+            try:
+                for token in job:
+                    if piece := text.put(token):
+                        yield piece
+                if piece := text.finish(job.text()):
+                    yield piece
+            finally:
+                ended.set()
+                job.join()
+                if job.error is None and (text.shown or job.complete):
+                    self.messages += [Message("user", prompt), Message("assistant", text.shown)]
+        finally:
+            self._busy.release()
+
+    def ask(
+        self,
+        prompt: str,
+        stream: Callable[[str], None] | None = None,
+        settings: Settings | None = None,
+        *,
+        stop: Stop | None = None,
+    ) -> str:
+        """The whole answer, which is then part of the history; `stream` gets the text as it grows.
+
+        Raises:
+            UsageError: as `reply`.
+        """
+        pieces = []
+        answer = self.reply(prompt, settings, stop=stop)
+        try:
+            for piece in answer:
+                pieces.append(piece)
+                if stream:
+                    stream(piece)
+        finally:
+            answer.close()  # Ctrl-C, or an error of `stream`: the model stops before anybody goes on
+        return "".join(pieces)
+
+    def undo(self) -> str | None:
+        """Take the last turn back; returns what the user had said, or None if there is no turn."""
+        at = next((i for i in reversed(range(len(self.messages))) if self.messages[i].role == "user"), None)
+        if at is None:
+            return None
+        text = self.messages[at].text
+        del self.messages[at:]
+        self.first = min(self.first, at)
+        return text
 
     def reset(self) -> None:
         """Forget the conversation (the system text stays)."""
         self.messages.clear()
-
-
-class _TextStream:
-    """Ids to text as it becomes readable; the pieces, put together, are the answer.
-
-    Held back until more is known: half a Chinese character, spaces that may be the last, the beginning of a stop text.
-    """
-
-    def __init__(self, tokenizer: Any, stop: tuple[list[int], list[str]], stream: Callable[[str], None]) -> None:
-        self.tokenizer, self.stop, self.stream = tokenizer, stop, stream
-        self.ids: list[int] = []
-        self.shown = ""
-
-    def put(self, token: int) -> None:
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip().rstrip("\ufffd")
-        for stop_text in self.stop[1]:
-            text = text.split(stop_text)[0]
-            begun = [n for n in range(1, len(stop_text)) if text.endswith(stop_text[:n])]
-            text = text[: -max(begun)] if begun else text
-        self._show(text.rstrip())
-
-    def finish(self, answer: str) -> None:
-        self._show(answer)
-
-    def _show(self, text: str) -> None:
-        if text != self.shown and text.startswith(self.shown):
-            self.stream(text[len(self.shown) :])
-            self.shown = text
+        self.first = 0
 
 
 def open_session(
     model: str | Path,
     *,
-    adapter: str | Path | None = None,
+    adapter: str | Path | list[str | Path] | None = None,
     template: str | None = None,
     system: str | None = None,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
-    **options: Any,
-) -> ChatSession:
-    """Load a model for chat: a catalog name, a full model's folder, or an adapter's `hf/` folder (its base is found).
+    dtype: str = "auto",
+    bits: int | None = None,
+    compare: bool = False,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> Session:
+    """Load a model and begin a conversation; `settings` are those of `Settings`, the rest as in `open_model`.
 
     Raises:
-        UsageError: both `adapter` and a folder that is an adapter already; an adapter that is none, or is another
-            model's. MinitunerError: it cannot be loaded.
+        UsageError: a setting or template that does not exist, or an adapter that does not fit. MinitunerError: the
+            model cannot be loaded.
     """
-    from minituner.model.loading import load_model, load_tokenizer
-    from minituner.model.sources import fetch
-    from minituner.recipe import MethodSection, ModelSection
+    from minituner.chat.opening import open_model
+    from minituner.data.templates import NamedTemplate
 
-    folder = Path(model)
-    if (folder / "adapter_config.json").is_file():
-        if adapter:
-            raise UsageError(f"{model} is an adapter itself; give its base, or leave --adapter out")
-        adapter, model = folder, base_of(folder)
-    elif adapter and not (Path(adapter) / "adapter_config.json").is_file():
-        raise UsageError(
-            f"--adapter {adapter} is not an adapter folder (it has no adapter_config.json)",
-            fix="give the hf/ folder of a finished LoRA run",
-        )
-    facts = facts_of(Path(adapter)) if adapter else facts_of(folder)
-    base = fetch(str(model), say=say)
-    loaded, _, _ = load_model(
-        base,
-        ModelSection(name_or_path=str(model), dtype=dtype, attention="sdpa", trust_remote_code=trust_remote_code),
-        MethodSection(name="lora"),
-        one_document_rows=True,
+    chosen = Settings(**checked_names(settings))
+    if template not in (None, "native"):
+        NamedTemplate.find(template)  # a misspelt name is said before minutes of loading
+    adapters = [] if adapter is None else adapter if isinstance(adapter, list) else [adapter]
+    loaded = open_model(
+        model, adapters, dtype=dtype, bits=bits, compare=compare, trust_remote_code=trust_remote_code, say=say
     )
-    tokenizer = load_tokenizer(adapter or base, trust_remote_code=trust_remote_code)
-    if adapter:
-        loaded = put_adapter_on(loaded, Path(adapter), say)
-    loaded.eval()
-    return ChatSession(
-        loaded,
-        tokenizer,
-        template=template or facts.get("template") or "native",
-        system=system if system is not None else facts.get("system"),
-        **options,
-    )
+    return Session(loaded, template=template, system=system, settings=chosen, say=say)
 
 
 def chat(model: str | Path, prompt: str, **options: Any) -> str:

@@ -34,7 +34,8 @@ Document = tuple[np.ndarray, np.ndarray]  # input_ids and labels, (n,) each
 class Batch:
     """One micro-batch; tensors as drawn above.
 
-    `seq_lens` are the lengths that attention keeps apart; `supervised_tokens` counts targets.
+    `seq_lens` are the lengths that attention keeps apart; `supervised_tokens` counts targets and `tokens` the real
+    ones, both among this batch's own (1, T): a slice keeps the borders of the whole row, see `slice_of_row`.
     """
 
     input_ids: torch.Tensor
@@ -43,6 +44,7 @@ class Batch:
     cu_seqlens: torch.Tensor
     seq_lens: list[int]
     supervised_tokens: int
+    tokens: int
 
     def to(self, device: Any) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -77,6 +79,39 @@ def collate(packs: Sequence[Sequence[Document]], *, isolate: bool = True) -> Bat
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         seq_lens=seq_lens,
         supervised_tokens=int((shift_labels != IGNORE).sum()),
+        tokens=len(input_ids),
+    )
+
+
+def slice_of_row(batch: Batch, part: int, parts: int) -> Batch:
+    """One of `parts` equal slices of a row, for ranks that share it (train/sequence_parallel.py).
+
+    Labels were shifted before, so the last token of a slice predicts the first of the next. A row that does not divide
+    is padded by a document of its own without labels; an empty row becomes such a document alone. Borders stay those of
+    the whole, padded row, because attention sees all of it:
+
+        row, 5 tokens   a b c d e      part 0 of 2   a b c      seq_lens [3, 2, 1]
+        documents       [3, 2]         part 1        d e +      seq_lens [3, 2, 1]   + is padding
+    """
+    import torch
+
+    length = batch.input_ids.shape[1]
+    width = max(1, -(-length // parts))
+    padding, start = width * parts - length, part * width
+
+    def cut(tensor: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, pad.to(tensor)[None]], dim=1)[:, start : start + width]
+
+    shift_labels = cut(batch.shift_labels, torch.full((padding,), IGNORE))
+    borders = [batch.cu_seqlens, batch.cu_seqlens.new_full((min(padding, 1),), length + padding)]
+    return Batch(
+        input_ids=cut(batch.input_ids, torch.zeros(padding)),
+        position_ids=cut(batch.position_ids, torch.arange(padding)),
+        shift_labels=shift_labels,
+        cu_seqlens=torch.cat(borders),
+        seq_lens=[*batch.seq_lens, padding] if padding else batch.seq_lens,
+        supervised_tokens=int((shift_labels != IGNORE).sum()),
+        tokens=min(max(length - start, 0), width),
     )
 
 

@@ -1,6 +1,6 @@
 """The ledger: where every token went.
 
-    raw = trained + masked (by reason) + truncated + dropped (by reason)
+    raw = trained + masked (by reason) + truncated + dropped (by reason) + held out
     in batches: trained + masked + padding
 
 Every count is made on the very arrays that are trained, and `check` refuses a ledger that does not add up to the token.
@@ -24,12 +24,13 @@ MASKED = {
     "eos": "end token of an answer not trained",
     "bos": "BOS",
 }
+COUNTS = ("raw", "trained", "truncated", "padding", "held_out")
 FIRST = "first token of a document (nothing predicts it)"
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Counts in tokens, except `records`, `documents` and `dropped_records`."""
+    """Counts in tokens, except `records`, `documents`, `held_out_documents` and `dropped_records`."""
 
     records: int = 0
     documents: int = 0
@@ -39,6 +40,8 @@ class Ledger:
     truncated: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     padding: int = 0
+    held_out: int = 0
+    held_out_documents: int = 0
     dropped_records: Counter[str] = field(default_factory=Counter)
 
     def keep(self, document: Encoded) -> None:
@@ -68,14 +71,23 @@ class Ledger:
 
     def add(self, other: Ledger) -> None:
         """Enter everything another ledger holds."""
-        for key in ("records", "documents", "raw", "trained", "truncated", "padding"):
+        for key in (*COUNTS, "records", "documents", "held_out_documents"):
             setattr(self, key, getattr(self, key) + getattr(other, key))
         for key in ("masked", "dropped", "dropped_records"):
             getattr(self, key).update(getattr(other, key))
 
+    def hold_out(self, part: Ledger) -> None:
+        """Move documents that are here as kept, and in `part` too, from trained and masked to held out."""
+        self.documents -= part.documents
+        self.trained -= part.trained
+        self.masked -= part.masked
+        self.held_out += part.raw
+        self.held_out_documents += part.documents
+
     def check(self) -> None:
         """Raise AssertionError unless every token is accounted for."""
         accounted = self.trained + sum(self.masked.values()) + self.truncated + sum(self.dropped.values())
+        accounted += self.held_out
         assert self.raw == accounted, f"the ledger is off by {self.raw - accounted} tokens: {self.to_dict()}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,8 +109,11 @@ class Ledger:
         if self.truncated:
             rows.append(("truncated at max_length", self.truncated))
         rows += [(f"dropped: {reason}", count) for reason, count in self.dropped.most_common()]
+        if self.held_out:
+            rows.append(("held out for evaluation", self.held_out))
         if self.padding:
             rows.append(("padding (added)", self.padding))
         head = f"{self.records:,} records, {self.documents:,} documents to train on, {dropped:,} records dropped"
+        head += f", {self.held_out_documents:,} documents held out" if self.held_out_documents else ""
         lines = [head] + [f"  {count:>12,} tokens  {count * share:5.1f}%  {name}" for name, count in rows]
         return lines + [f"  {count:>12,} records dropped: {r}" for r, count in self.dropped_records.most_common()]

@@ -25,6 +25,8 @@ import numpy as np
 
 from minituner.data.encoding import Encoded, encode_many
 from minituner.data.formats import detect_format, to_conversation
+from minituner.data.holdout import held_out as choose_held_out
+from minituner.data.holdout import subtract
 from minituner.data.ledger import Ledger
 from minituner.data.mixing import mix
 from minituner.data.packing import Packs, Pieces, pack
@@ -48,7 +50,7 @@ class Prepared:
     """Documents on disk, and the plan of one epoch over them.
 
     `dataset` has the columns input_ids, labels, kinds, length and where; `rows` are its row numbers in the mix, and
-    `packs` index into `rows`.
+    `packs` index into `rows`. `held_out` has the documents that `data.holdout` keeps away from training, each once.
     """
 
     dataset: datasets.Dataset
@@ -58,6 +60,7 @@ class Prepared:
     bad: BadRecords
     from_cache: bool
     folder: Path
+    held_out: Prepared | None = None
 
     def documents(self, number: int) -> list[Document]:
         """The documents of pack `number`, each as (input_ids, labels)."""
@@ -107,6 +110,11 @@ def prepare(data: DataSection, tokenizer: Any, *, seed: int = 42, say: Say = pri
     rows = mix(info["documents_per_source"], [source.weight for source in data.sources], seed)
     if any(source.weight != 1 for source in data.sources):
         say(f"mixed by weight: {len(rows):,} documents an epoch; the ledger counts each prepared document once")
+    held = np.zeros(len(lengths), dtype=bool)
+    if data.holdout:
+        held = choose_held_out(dataset, info["documents_per_source"], data.holdout, seed)
+        subtract(ledger, dataset, held)
+        rows = rows[~held[rows]]
     packs = pack(lengths[rows], data.max_length, data.packing)
     if isinstance(packs, Pieces):
         _enter_cuts(ledger, dataset, rows, lengths, packs)
@@ -114,7 +122,18 @@ def prepare(data: DataSection, tokenizer: Any, *, seed: int = 42, say: Say = pri
     bad = BadRecords()
     for where, what, why in info["bad"]:
         bad.add(where, what, why)
-    return Prepared(dataset.with_format("numpy"), rows, packs, ledger, bad, cached, folder)
+    documents = dataset.with_format("numpy")
+    aside = _held_out(documents, held, lengths, ledger, data, folder) if held.any() else None
+    return Prepared(documents, rows, packs, ledger, bad, cached, folder, aside)
+
+
+def _held_out(
+    dataset: datasets.Dataset, held: np.ndarray, lengths: np.ndarray, ledger: Ledger, data: DataSection, folder: Path
+) -> Prepared:
+    """The documents that are not trained on, packed like the others; their mix has each document once."""
+    rows = np.flatnonzero(held)
+    packs = pack(lengths[rows], data.max_length, data.packing)
+    return Prepared(dataset, rows, packs, ledger, BadRecords(), True, folder)
 
 
 def _open(folder: Path) -> datasets.Dataset:

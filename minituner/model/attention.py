@@ -1,4 +1,4 @@
-"""Attention that keeps packed documents apart.
+"""Attention that keeps packed documents apart, and the proof that it does.
 
 Several documents share one row; each must attend to itself only:
 
@@ -9,10 +9,10 @@ Several documents share one row; each must attend to itself only:
                                         . . . B B
 
 transformers builds such a mask from position_ids only if no mask and no cache are passed, and silently drops it
-otherwise. So minituner registers an attention function of its own in transformers' AttentionInterface. It is told where
-documents begin (`cu_seq_lens_q`, the key flash-attention uses) and calls a causal kernel for each document, which also
-costs less: the sum of the squares of the lengths, and never the square of their sum. At step 0 the training loop
-proves the isolation on its own model (`assert_isolated`). Lesson: notebook 04.
+otherwise. So minituner registers attention functions of its own in transformers' AttentionInterface
+(`attention_kernels.py`) and chooses among them and flash-attn's (`attention_choice.py`). Here is what the rest of the
+program calls: register them, tell a model where documents begin (`packed_kwargs`), step back for generation, and prove
+the isolation at step 0 on the very model that is trained (`assert_isolated`). Lesson: notebooks 04 and 06.
 """
 
 from __future__ import annotations
@@ -22,164 +22,90 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from minituner.errors import MinitunerError, UsageError
+from minituner.errors import MinitunerError
+from minituner.model.attention_choice import (
+    FLASH_2,
+    FLASH_3,
+    PER_DOCUMENT_EAGER,
+    PER_DOCUMENT_SDPA,
+    VARLEN,
+    choose,
+    facts_here,
+    needs_of,
+)
+from minituner.model.attention_kernels import per_document_sdpa, varlen
 
-PER_DOCUMENT_SDPA = "per_document_sdpa"
-FLASH = ("flash_attention_2", "flash_attention_3")
-
-
-def per_document_sdpa(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    seq_lens: list[int] | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each document of a packed row.
-
-    Args:
-        query: (1, heads, T, head_dim); key and value: (1, key_value_heads, T, head_dim).
-        seq_lens: document lengths that add up to T (or `cu_seq_lens_q`, their running sum from 0).
-        sliding_window: how many tokens back a token sees, itself included; None is all.
-        softcap: squashes scores with tanh (Gemma 2).
-
-    Returns:
-        (1, T, heads, head_dim) and None, as AttentionInterface wants it.
-
-    Raises:
-        MinitunerError: called without document borders, which would let documents see each other.
-    """
-    if seq_lens is None:
-        if cu_seq_lens_q is None:
-            raise MinitunerError(
-                "per-document attention was called without document borders",
-                why="a model that does not pass its keyword arguments on to its attention layers",
-                fix="set data.packing=none and model.attention=sdpa for this model",
-            )
-        seq_lens = cu_seq_lens_q.diff().tolist()
-    if softcap is not None or getattr(module, "sinks", None) is not None:
-        out = [
-            _eager(module, q, k, v, scaling, dropout, sliding_window, softcap)
-            for q, k, v in zip(query.split(seq_lens, 2), key.split(seq_lens, 2), value.split(seq_lens, 2), strict=True)
-        ]
-        return torch.cat(out, dim=2).transpose(1, 2), None
-    gqa = query.shape[1] != key.shape[1]
-    outputs = []
-    for q, k, v in zip(query.split(seq_lens, 2), key.split(seq_lens, 2), value.split(seq_lens, 2), strict=True):
-        mask = _window(q.shape[2], sliding_window, q.device)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa
-            )
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-def _window(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Boolean (length, length) mask of a causal sliding window; None where the window holds everything."""
-    if sliding_window is None or length <= sliding_window:
-        return None
-    back = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return (back >= 0) & (back < sliding_window)
-
-
-def _eager(
-    module: torch.nn.Module,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scaling: float | None,
-    dropout: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """One document with everything written out, for what the fused kernel cannot do (soft-capping, sinks)."""
-    length, repeat = q.shape[2], q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    scores = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    allowed = _window(length, sliding_window or length + 1, q.device)
-    if allowed is None:
-        allowed = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    sinks = getattr(module, "sinks", None)
-    if sinks is not None:  # a learned score that takes probability and gives no value (gpt-oss)
-        column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, length, 1).to(scores.dtype)
-        weights = torch.cat([scores, column], -1).softmax(-1, dtype=torch.float32)[..., :-1]
-    else:
-        weights = scores.softmax(-1, dtype=torch.float32)
-    return F.dropout(weights.to(q.dtype), dropout) @ v
+__all__ = [
+    "FLASH",
+    "OURS",
+    "PER_DOCUMENT_EAGER",
+    "PER_DOCUMENT_SDPA",
+    "ULYSSES",
+    "VARLEN",
+    "assert_isolated",
+    "choose",
+    "facts_here",
+    "for_generation",
+    "needs_of",
+    "packed_kwargs",
+    "per_document_sdpa",
+    "register",
+    "varlen",
+]
+FLASH = (FLASH_2, FLASH_3)
+OURS = (PER_DOCUMENT_SDPA, PER_DOCUMENT_EAGER, VARLEN)
+ULYSSES = "ulysses"  # one of the others inside an all-to-all, see train/sequence_parallel.py
+PROOF = (7, 1, 9)  # documents of the proof: one of a single token, the rest longer than the window it is made with
+WINDOW = 5
+# How far logits of packed and of separate documents may lie apart, relative to their size (root mean squares). The
+# kernels add in another order; in half precision that is felt in every layer.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Experts multiply the tokens that were sent to them: another document changes how many, and with it the order of
+# additions, though not what is added.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def register() -> None:
-    """Make `per_document_sdpa` known to transformers (doing it twice is harmless)."""
+    """Make our attention functions known to transformers (doing it twice is harmless)."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PER_DOCUMENT_SDPA, per_document_sdpa)
-
-
-def choose(wanted: str, *, one_document_rows: bool, device: str) -> tuple[str, str]:
-    """The attention implementation for these settings, and a sentence that says why.
-
-    Args:
-        one_document_rows: every row holds one document (no packing, one record per micro-batch).
-
-    Raises:
-        UsageError: the wanted one would let packed documents see each other, or is not installed.
-    """
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
-
-    installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
-    if wanted in installed and not (installed[wanted]() and device == "cuda"):
-        raise UsageError(
-            f"model.attention={wanted} needs a CUDA GPU and the flash-attn package",
-            fix="model.attention=auto uses what this machine has",
-            next_command="pip install 'minituner[flash]' --no-build-isolation",
-        )
-    if wanted in ("sdpa", "eager") and not one_document_rows:
-        raise UsageError(
-            f"model.attention={wanted} with several documents in a row: they would see each other",
-            why="these kernels know one causal mask for the whole row",
-            fix="model.attention=auto, or data.packing=none with train.per_device_batch_size=1",
-        )
-    if wanted != "auto":
-        return wanted, "as the recipe says"
-    for name, available in installed.items():
-        if device == "cuda" and available():
-            return name, "flash-attn is installed and isolates documents by cu_seqlens"
-    return PER_DOCUMENT_SDPA, "one causal SDPA call per document; flash-attn is not installed or there is no GPU"
+    AttentionInterface.register(PER_DOCUMENT_EAGER, per_document_sdpa)
+    AttentionInterface.register(VARLEN, varlen)
 
 
 def packed_kwargs(batch: Any, implementation: str) -> dict[str, Any]:
-    """Keyword arguments that tell the model's attention layers where documents begin."""
-    if implementation == PER_DOCUMENT_SDPA:
+    """Keyword arguments that tell the model's attention layers where documents begin.
+
+    Made once per batch from Python numbers, so that no layer has to read a length back from the device.
+    """
+    if implementation in (PER_DOCUMENT_SDPA, PER_DOCUMENT_EAGER):
         return {"seq_lens": batch.seq_lens}
+    longest, cu = max(batch.seq_lens, default=0), batch.cu_seqlens
+    if implementation == VARLEN:
+        return {"cu_seq_lens_q": cu, "max_length_q": longest}
     if implementation in FLASH:
-        longest = max(batch.seq_lens, default=0)
-        cu = batch.cu_seqlens
         return {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}
     return {}
 
 
 @contextmanager
 def for_generation(model: Any) -> Iterator[None]:
-    """Within: plain SDPA, for answering with a cache (one document, one row)."""
-    before = model.config._attn_implementation
-    if before != PER_DOCUMENT_SDPA:
+    """Within: transformers' own attention instead of ours, for answering with a cache (one document, one row)."""
+    if model.config._attn_implementation not in (*OURS, ULYSSES):
         yield
         return
-    model.set_attn_implementation("sdpa")
+    with _transformers_own(model):
+        yield
+
+
+@contextmanager
+def _transformers_own(model: Any) -> Iterator[None]:
+    """Within: transformers' SDPA; or eager where soft-capping or sinks are needed, which its SDPA does not know."""
+    before, needs = model.config._attn_implementation, needs_of(model.config)
+    written_out = needs.softcap or needs.sinks or not getattr(model, "_supports_sdpa", True)
+    model.set_attn_implementation("eager" if written_out else "sdpa")
     try:
         yield
     finally:
@@ -188,40 +114,142 @@ def for_generation(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def assert_isolated(model: Any, implementation: str, vocab_size: int) -> float:
-    """Prove on this model that a document does not see its neighbour; returns the largest difference (must be 0).
+    """Prove on this model that packed documents are as if alone; returns the largest influence of one on another.
 
-    Two short documents are packed; the first is changed, and the logits of the second must not move at all.
+    It must be exactly 0 (in models with experts: no more than rounding).
+
+    Three short documents A B C are packed, B of one token, the others longer than the sliding window (which is made
+    short for the proof). Then
+
+        A is replaced    B and C must not move at all    (no leak forwards)
+        C is replaced    A and B must not move at all    (causal, no leak backwards)
+        each alone       the same logits, up to rounding, by transformers' own attention: positions restart, windows,
+                         soft-capping and sinks are what the model was made with
 
     Raises:
-        MinitunerError: they moved.
+        MinitunerError: one of these does not hold; UsageError: layers that no attention function can isolate.
     """
-    import numpy as np
-
-    from minituner.data.collate import collate
-
+    # Layers that keep a state fail the proof as well; this says why.
+    choose("auto", needs=needs_of(model.config), one_document_rows=False, device="cpu")
     device = next(model.parameters()).device
-    tokens = np.arange(16) % max(vocab_size - 1, 1)
+    first, single, last = _documents(vocab_size)
     was_training = model.training
     model.eval()
     try:
-        logits = []
-        for change in (0, 1):
-            first = (tokens[:7] + change) % vocab_size
-            batch = collate([[(first, first), (tokens[7:], tokens[7:])]]).to(device)
-            out = model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                **packed_kwargs(batch, implementation),
-            )
-            logits.append(out.logits[:, 7:])
+        with _short_windows(model), no_outliers(model):
+            packed = _packed_logits(model, implementation, [first, single, last], device)
+            new_first = _packed_logits(model, implementation, [(first + 1) % vocab_size, single, last], device)
+            new_last = _packed_logits(model, implementation, [first, single, (last + 1) % vocab_size], device)
+            with _transformers_own(model):
+                alone = torch.cat([_logits_alone(model, d, device) for d in (first, single, last)])
     finally:
         model.train(was_training)
-    difference = float((logits[0] - logits[1]).abs().max())
-    if difference:
+    forwards = packed[PROOF[0] :] - new_first[PROOF[0] :]
+    backwards = packed[: -PROOF[2]] - new_last[: -PROOF[2]]
+    influence = max(float(forwards.abs().max()), float(backwards.abs().max()))
+    if not torch.isfinite(packed).all():
         raise MinitunerError(
-            f"packed documents see each other: changing one moved its neighbour's logits by {difference:.3g}",
+            "the model's logits are not finite before the first step",
+            why="damaged weights, or a data type with too small a range",
+            fix="model.dtype=float32, or fetch the model anew",
+        )
+    dtype = computes_in(model)
+    allowed = ROUNDING[dtype] * float(packed.abs().max()) if _has_experts(model) else 0.0
+    if influence > allowed:
+        raise MinitunerError(
+            f"packed documents see each other: changing one moved its neighbour's logits by {influence:.3g}",
             why=f"attention {implementation!r} does not isolate documents in this model",
             fix="data.packing=none with train.per_device_batch_size=1, or another model.attention",
         )
-    return difference
+    apart = float((packed - alone).square().mean().sqrt() / alone.square().mean().sqrt().clamp_min(1e-12))
+    if not apart <= TOLERANCE[dtype]:
+        raise MinitunerError(
+            f"packed documents are not what they are alone: logits differ by {apart:.2%} of their size, and"
+            f" {TOLERANCE[dtype]:.2%} is allowed",
+            why=f"attention {implementation!r} computes something else than this model was made with",
+            fix="data.packing=none with train.per_device_batch_size=1 and model.attention=eager",
+        )
+    return influence
+
+
+def _documents(vocab_size: int) -> list[torch.Tensor]:
+    """Three documents of PROOF tokens, different from each other and the same every time."""
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randint(0, vocab_size, (n,), generator=draw) for n in PROOF]
+
+
+def _packed_logits(
+    model: Any, implementation: str, documents: list[torch.Tensor], device: torch.device
+) -> torch.Tensor:
+    """Logits of the documents in one row, (T, vocabulary) float32."""
+    from minituner.data.collate import collate
+
+    batch = collate([[(d.numpy(), d.numpy()) for d in documents]]).to(device)
+    out = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        **packed_kwargs(batch, implementation),
+    )
+    return out.logits[0].float()
+
+
+def _logits_alone(model: Any, document: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Logits of one document in a row of its own, (n, vocabulary) float32."""
+    # By `forward`: of a model that shares its rows among ranks, that is the model itself, on this rank alone.
+    return model.forward(input_ids=document[None].to(device), use_cache=False).logits[0].float()
+
+
+@contextmanager
+def _short_windows(model: Any) -> Iterator[None]:
+    """Within: sliding windows see WINDOW tokens, so that a proof of a few tokens goes beyond them.
+
+    A window of 4096 could be shown only with documents longer than that, which costs minutes on a CPU; the code that is
+    run is the same for any size. Layers keep their window in an attribute, or read the config's.
+    """
+    holders = [model.config.get_text_config(), *model.modules(), *(m.config for m in model.modules() if _config_of(m))]
+    changed = []
+    for holder in holders:
+        window = getattr(holder, "sliding_window", None)
+        if isinstance(window, int) and not isinstance(window, bool) and window > WINDOW:
+            changed.append((holder, window))
+            holder.sliding_window = WINDOW
+    try:
+        yield
+    finally:
+        for holder, window in changed:
+            holder.sliding_window = window
+
+
+def _config_of(module: torch.nn.Module) -> bool:
+    return getattr(module, "config", None) is not None
+
+
+@contextmanager
+def no_outliers(model: Any) -> Iterator[None]:
+    """Within: 8-bit layers quantise each token by itself.
+
+    LLM.int8 keeps a column in half precision if *any* token of the batch is large there, so documents touch each other
+    through rounding, on purpose. The proof is about attention; without the threshold it stays exact.
+    """
+    states = [module.state for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    before = [state.threshold for state in states]
+    for state in states:
+        state.threshold = 0.0
+    try:
+        yield
+    finally:
+        for state, threshold in zip(states, before, strict=True):
+            state.threshold = threshold
+
+
+def computes_in(model: Any) -> torch.dtype:
+    """The coarsest floating-point type among the parameters and the config (quantised weights)."""
+    found = {parameter.dtype for parameter in model.parameters()} | {getattr(model.config, "dtype", None)}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), torch.float32)
+
+
+def _has_experts(model: Any) -> bool:
+    config = model.config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return any((getattr(config, name, None) or 0) > 1 for name in names)

@@ -6,7 +6,9 @@ answers nonsense, so training notes the base's fingerprint, and resuming, chat a
     every weight tensor -> its name and shape                      -> sha256 -> "9f2c1a08-
                         -> 64 values, evenly spaced, in bfloat16   -> sha256 ->  77b0e2d4"
 
-Values are compared in bfloat16, so that a base loaded in float32 here and in bfloat16 there is the same base.
+Values are compared in bfloat16, so that a base loaded in float32 here and in bfloat16 there is the same base. A
+quantised base is compared by its bytes and scales, under a name of its own kind (`4bit:...`): the same quantised base
+is recognised, and whether it came from a certain full one cannot be asked.
 Lesson: notebook 09.
 """
 
@@ -24,14 +26,38 @@ SAMPLES = 64  # values of each tensor
 def fingerprint(model: Any) -> str | None:
     """`SHAPES-VALUES`, a short name for the weights of `model` (without adapters); None where rounding hides them.
 
-    Quantised weights and float16 round differently than bfloat16, so they have no comparable fingerprint.
+    `KIND:SHAPES-VALUES` for a quantised one. float16 rounds differently than bfloat16, so it has none.
     """
     shapes, samples = hashlib.sha256(), hashlib.sha256()
+    kind = ""
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.dtype not in (torch.float32, torch.bfloat16):
+        tensors = [parameter]
+        if parameter.dtype in (torch.uint8, torch.int8):
+            kind = "4bit:" if parameter.dtype == torch.uint8 else "8bit:"
+            tensors += _scales(model, name, parameter)
+        elif parameter.dtype not in (torch.float32, torch.bfloat16):
             return None
-        values = parameter.detach().flatten()
-        values = values[:: max(1, len(values) // SAMPLES)][:SAMPLES]
         shapes.update(f"{name} {tuple(parameter.shape)} ".encode())
-        samples.update(values.to(torch.bfloat16).float().cpu().numpy().tobytes())
-    return f"{shapes.hexdigest()[:8]}-{samples.hexdigest()[:8]}"
+        for tensor in tensors:
+            values = tensor.detach().flatten()
+            values = values[:: max(1, len(values) // SAMPLES)][:SAMPLES]
+            samples.update(values.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return f"{kind}{shapes.hexdigest()[:8]}-{samples.hexdigest()[:8]}"
+
+
+def comparable(one: str | None, other: str | None) -> bool:
+    """True if two fingerprints can be compared: both there, and of bases held in the same kind of numbers."""
+    return bool(one and other) and _kind(one) == _kind(other)
+
+
+def _kind(mark: str | None) -> str:
+    return mark.partition(":")[0] if mark and ":" in mark else ""
+
+
+def _scales(model: Any, name: str, parameter: torch.Tensor) -> list[torch.Tensor]:
+    """What a quantised weight's integers are multiplied by (double quantisation: integers too)."""
+    if getattr(parameter, "quant_state", None) is not None:
+        return [parameter.quant_state.absmax]
+    layer = model.get_submodule(name.rpartition(".")[0])
+    scales = layer.state.SCB if layer.state.SCB is not None else parameter.SCB
+    return [scales]

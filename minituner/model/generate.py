@@ -1,7 +1,11 @@
 """Generating answers: prompt ids in, answer ids out, stopping exactly where training taught the model to stop.
 
-Prompts of different lengths are padded on the left and masked by length, so a whole list is answered in one batch. The
-attention implementation is plain SDPA meanwhile (a cache, one document a row). Lesson: notebook 09.
+    prompts   . . Hi            padded on the left and masked by length: a list is answered in one batch
+              Who are you
+    answers   Hello <stop>      without the stop token
+              I am Ada <stop>
+
+The attention implementation is transformers' own meanwhile (a cache, one document a row). Lesson: notebook 09.
 """
 
 from __future__ import annotations
@@ -27,15 +31,19 @@ def generate(
     top_k: int = 0,
     repetition_penalty: float = 1.0,
     stream: Callable[[int], None] | None = None,
+    interrupted: Callable[[], bool] | None = None,
+    together: bool = False,
 ) -> list[list[int]]:
     """Answer each prompt; returns the new ids of each, without the stop token.
 
     Args:
+        together: all ranks answer, and none stops before all do: a forward pass needs every rank's share (ZeRO-3).
         stop: token ids and texts that end an answer (`minituner.data.encoding.stop_rule`).
         temperature: 0 takes the likeliest token each time; above 0 draws.
         stream: called with each new id (one prompt only).
+        interrupted: asked after each token; True ends all answers where they are.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     stop_ids, stop_texts = stop
     longest = max(map(len, prompts))
@@ -52,8 +60,8 @@ def generate(
         repetition_penalty=repetition_penalty,
         **({"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}),
     )
-    if stop_texts:
-        config.stop_strings = list(stop_texts)
+    ends: list[Any] = [_StopTexts(tokenizer, stop_texts, longest)] if stop_texts else []
+    ends += [_Interrupted(interrupted)] if interrupted else []
     was_training = model.training
     model.eval()
     try:
@@ -62,8 +70,9 @@ def generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
-                tokenizer=tokenizer if stop_texts else None,
+                stopping_criteria=StoppingCriteriaList(ends),
                 streamer=_Streamer(stream, stop_ids) if stream else None,
+                synced_gpus=together,
             )
     finally:
         model.train(was_training)
@@ -72,10 +81,15 @@ def generate(
 
 def answer_text(tokenizer: Any, ids: Sequence[int], stop: tuple[list[int], list[str]]) -> str:
     """The new ids as the answer people read: control tokens and stop texts removed, no spaces at the ends."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    text = decode(tokenizer, ids)
     for stop_text in stop[1]:
         text = text.split(stop_text)[0]
     return text.strip()
+
+
+def decode(tokenizer: Any, ids: Sequence[int], *, control_tokens: bool = False) -> str:
+    """The text of `ids`, every space where it was; control tokens are left out unless asked for."""
+    return tokenizer.decode(list(ids), skip_special_tokens=not control_tokens, clean_up_tokenization_spaces=False)
 
 
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
@@ -97,3 +111,33 @@ class _Streamer:
 
     def end(self) -> None:
         """Nothing is held back."""
+
+
+class _StopTexts:
+    """Ends a row whose answer contains a stop text; looks at the last tokens only.
+
+    transformers' own `stop_strings` first builds a table of the whole vocabulary, which takes seconds for a large one.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], prompt_length: int) -> None:
+        self.tokenizer, self.texts, self.prompt_length = tokenizer, texts, prompt_length
+        # A token is one byte or more; a few that print nothing may stand between.
+        self.tail = max(len(text.encode()) for text in texts) + 8
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        rows = input_ids[:, self.prompt_length :][:, -self.tail :].tolist()
+        return torch.tensor([self._ended(row) for row in rows], device=input_ids.device, dtype=torch.bool)
+
+    def _ended(self, ids: list[int]) -> bool:
+        both = decode(self.tokenizer, ids), decode(self.tokenizer, ids, control_tokens=True)
+        return any(stop_text in text for stop_text in self.texts for text in both)
+
+
+class _Interrupted:
+    """Ends every row when asked to."""
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self.asked = asked
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.asked(), device=input_ids.device, dtype=torch.bool)

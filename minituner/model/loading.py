@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from minituner.errors import MinitunerError, UsageError
+from minituner.errors import MinitunerError
 from minituner.model import attention
+from minituner.model.quantized import differentiable_everywhere, parameter_bytes, quantization_config
 from minituner.recipe import MethodSection, ModelSection
 
 
@@ -93,19 +94,23 @@ def load_model(
         UsageError: settings that do not go together, or a method that needs a package that is not installed.
         MinitunerError: the folder cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     device = device or device_of_this_machine()
     dtype, why_dtype = resolve_dtype(model.dtype, device)
-    implementation, why_attention = attention.choose(
-        model.attention, one_document_rows=one_document_rows, device=device
-    )
     attention.register()
-    quantization = _quantization(method.name, dtype)
+    quantization = quantization_config(method.name, dtype)
     # Full fine-tuning updates the weights themselves: in bfloat16 small updates round away, so masters are float32.
     weights = torch.float32 if method.name == "full" and model.dtype == "auto" else dtype
     try:
         with quiet():
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=model.trust_remote_code)
+            implementation, why_attention = attention.choose(
+                model.attention,
+                attention.facts_here(device, str(weights).removeprefix("torch.")),
+                attention.needs_of(config),
+                one_document_rows=one_document_rows,
+            )
             loaded = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 dtype=weights,
@@ -124,11 +129,19 @@ def load_model(
     loaded.config.use_cache = False
     if quantization is None:
         loaded.to(device)
+    else:
+        differentiable_everywhere(loaded)
     notes = [
         f"dtype {str(weights).removeprefix('torch.')}: {why_dtype}",
         f"attention {implementation}: {why_attention}",
         f"device {device}",
     ]
+    if quantization is not None:
+        bits = "4 bits (NF4, double quantisation)" if method.name == "qlora" else "8 bits"
+        notes.append(
+            f"base in {bits}: {parameter_bytes(loaded) / 1e6:,.1f} MB; embedding, norms and head stay in "
+            f"{str(dtype).removeprefix('torch.')}, which is also what is computed in"
+        )
     return loaded, implementation, notes
 
 
@@ -144,24 +157,3 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _quantization(method: str, dtype: torch.dtype) -> Any:
-    """bitsandbytes settings for QLoRA (NF4, double quantisation) or 8-bit LoRA; None for the rest."""
-    if method not in ("qlora", "int8_lora"):
-        return None
-    import importlib.util
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(
-            f"method.name={method} needs the package bitsandbytes",
-            fix="install it, or use method.name=lora",
-            next_command="pip install 'minituner[quantization]'",
-        )
-    from transformers import BitsAndBytesConfig
-
-    if method == "int8_lora":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )

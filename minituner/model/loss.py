@@ -5,6 +5,8 @@ states never reach the head:
 
     hidden (1, T, H) --keep supervised--> (S, H) --head--> logits (S, V) --cross-entropy--> a sum, in fp32
 
+From there on head.py goes in pieces, so that the logits of all S positions are never there at once.
+
 The result is a *sum* over supervised tokens. Dividing by their number over the whole accumulation window (and over all
 ranks) is the loop's job; dividing here, per micro-batch, is the fault that weights short micro-batches too heavily.
 Lesson: notebook 05.
@@ -22,13 +24,17 @@ from torch.nn import functional as F
 from minituner.data.collate import Batch, collate
 from minituner.data.encoding import IGNORE
 from minituner.model.attention import packed_kwargs
+from minituner.model.head import Head
 
 
-def loss_sum(model: Any, batch: Batch, implementation: str) -> torch.Tensor:
+def loss_sum(model: Any, batch: Batch, implementation: str, head: Head | None = None) -> torch.Tensor:
     """Cross-entropy summed over the batch's supervised tokens, a float32 scalar.
 
     A batch without any keeps its place in the graph and is exactly 0, so it changes nothing; so does an empty batch
     (T = 0), the share of a rank for which no pack was left.
+
+    Args:
+        head: the model's halves (`find_head`); None goes through its own forward, with all logits (S, V) at once.
     """
     if not batch.input_ids.shape[1]:  # a token without a target: the rank takes part in whatever the others compute
         silent = (np.zeros(1, dtype=np.int64), np.full(1, IGNORE))
@@ -37,6 +43,9 @@ def loss_sum(model: Any, batch: Batch, implementation: str) -> torch.Tensor:
     targets = batch.shift_labels[0, keep]
     if not len(keep):
         keep = keep.new_zeros(1)
+    if head is not None:
+        hidden = head.hidden(batch, implementation)[keep]
+        return head.loss_sum(hidden, targets) if len(targets) else hidden.float().sum() * 0.0
     selects = accepts_logits_to_keep(model)
     output = model(
         input_ids=batch.input_ids,

@@ -1,4 +1,11 @@
-"""The doctor: what this machine has, and what that means for training on it."""
+"""The doctor: what this machine has, and what that means for training on it.
+
+    doctor()      a short list, for the first cell of a notebook
+    checkup()     everything that `minituner doctor` prints: checks with what each gap disables and the command that
+                  mends it (checks.py), and the attention support table (support.py)
+
+Lesson: the first cell of every notebook.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +15,9 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
+
+from minituner.plan.checks import Check, all_checks
+from minituner.plan.support import Support, as_lines, as_values, attention_support
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,39 @@ class Machine:
     def __repr__(self) -> str:
         width = max(map(len, self.facts))
         return "\n".join(f"{key:{width}}  {value}" for key, value in self.facts.items())
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """Everything the doctor found; prints as text, `values` holds the same for programs."""
+
+    checks: list[Check]
+    attention: list[Support]
+
+    @property
+    def can_train(self) -> bool:
+        """True if nothing that training always needs is missing, too old or broken."""
+        return all(check.status == "ok" for check in self.checks if check.required)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        return {
+            "can_train": self.can_train,
+            "checks": [check.as_values() for check in self.checks],
+            "attention": as_values(self.attention),
+        }
+
+    def __repr__(self) -> str:
+        width = max(len(check.name) for check in self.checks)
+        lines = [line for check in self.checks for line in check.lines(width)]
+        table = ["", "attention (* is what model.attention=auto takes for a plain model)", *as_lines(self.attention)]
+        return "\n".join([*lines, *table])
+
+
+def checkup(*, network: bool = False) -> Checkup:
+    """Look at everything; with `network`, ask the model hub too (two seconds at most)."""
+    return Checkup(list(all_checks(network=network)), attention_support())
 
 
 def doctor() -> Machine:

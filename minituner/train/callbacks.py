@@ -2,10 +2,11 @@
 
     on_start(run)            before the first step
     on_step(run, metrics)    after each optimizer step; metrics is one line of metrics.jsonl
+    on_evaluation(run, m)    after the held-out loss was measured
     on_end(run)              after the last step
 
-`Metrics` writes metrics.jsonl (always) and TensorBoard or W&B (when asked), `Progress` shows a bar on a terminal and
-plain lines elsewhere, `SampleChats` lets the model answer the recipe's prompts. Lesson: notebook 07.
+`Metrics` writes metrics.jsonl (always) and to trackers (when asked), `Progress` shows a bar on a terminal and plain
+lines elsewhere. What lets the model answer is in sample_chats.py and identity.py. Lesson: notebook 07.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import math
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minituner.errors import UsageError
+from minituner.train.metrics import summary_line
+from minituner.train.trackers import open_tracker
 
 if TYPE_CHECKING:
     from minituner.train.run import Run
@@ -27,56 +28,64 @@ if TYPE_CHECKING:
 class Callback:
     """Does nothing; override what you need."""
 
+    # True: it runs the model. Where the parameters are sharded (ZeRO-3) every rank then calls it, in the same order;
+    # files and prints are for the rank with `run.is_main`. False: only rank 0 calls it.
+    runs_the_model = False
+
     def on_start(self, run: Run) -> None:
         """Before the first step."""
 
     def on_step(self, run: Run, metrics: dict[str, Any]) -> None:
         """After an optimizer step."""
 
+    def on_evaluation(self, run: Run, measured: dict[str, Any]) -> None:
+        """After the held-out loss was measured: {"step", "eval_loss", "eval_tokens"}; before the first step too."""
+
     def on_end(self, run: Run) -> None:
         """After the last step (also when stopped early)."""
 
 
 class Metrics(Callback):
-    """One JSON object per logged step in `runs/<stamp>/metrics.jsonl`; TensorBoard or W&B when the recipe asks."""
+    """One JSON object per logged step in `runs/<stamp>/metrics.jsonl`; TensorBoard or W&B when the recipe asks.
+
+    An evaluation has a line of its own: {"step": 100, "eval_loss": 1.9, "eval_tokens": 4096}. At the end the shares of
+    time are said, and kept in `summary.json`.
+    """
 
     def on_start(self, run: Run) -> None:
+        """Open the files."""
         self.stream = (run.run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self.writers = [_writer(name, run) for name in run.recipe.log.to]
+        self.trackers = [open_tracker(name, run) for name in dict.fromkeys(run.recipe.log.to)]
 
     def on_step(self, run: Run, metrics: dict[str, Any]) -> None:
-        if metrics["step"] % run.recipe.log.every_steps and metrics["step"] != run.total_steps:
-            return
-        self.stream.write(json.dumps({k: v if _finite(v) else str(v) for k, v in metrics.items()}) + "\n")
+        """Write the step if it is due."""
+        if metrics["step"] % run.recipe.log.every_steps == 0 or metrics["step"] == run.total_steps:
+            self._write(metrics)
+
+    def on_evaluation(self, run: Run, measured: dict[str, Any]) -> None:
+        """Write every evaluation."""
+        self._write(measured)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.stream.write(json.dumps({k: v if _finite(v) else str(v) for k, v in line.items()}) + "\n")
         self.stream.flush()
-        for write in self.writers:
-            write(metrics)
+        for tracker in self.trackers:
+            tracker.log(line)
 
     def on_end(self, run: Run) -> None:
+        """Say where the time went, and close."""
         self.stream.close()
+        for tracker in self.trackers:
+            tracker.close()
+        if run.meter is not None:
+            run.summary = run.meter.summary()
+            text = json.dumps({k: v if _finite(v) else str(v) for k, v in run.summary.items()}, indent=1)
+            (run.run_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
+            run.say(summary_line(run.summary))
 
 
 def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _writer(name: str, run: Run) -> Any:
-    """A function that takes a step's metrics to TensorBoard or W&B. Raises UsageError if it is not installed."""
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(str(run.run_dir))
-            return lambda m: [board.add_scalar(k, v, m["step"]) for k, v in m.items() if isinstance(v, (int, float))]
-        import wandb
-    except ImportError:
-        raise UsageError(
-            f"log.to names {name}, which is not installed", fix=f"pip install {name}, or log.to=[]"
-        ) from None
-    session = wandb.init(
-        project="minituner", name=run.recipe.name, dir=str(run.run_dir), config=run.recipe.model_dump()
-    )
-    return lambda m: session.log(m, step=m["step"])
 
 
 class Progress(Callback):
@@ -117,32 +126,3 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-
-class SampleChats(Callback):
-    """Answers the recipe's prompts before, during and after training; each time a file in `runs/<stamp>/samples/`."""
-
-    def __init__(self) -> None:
-        self.answers: dict[int, list[tuple[str, str]]] = {}
-
-    def on_start(self, run: Run) -> None:
-        self._answer(run, run.step)
-
-    def on_step(self, run: Run, metrics: dict[str, Any]) -> None:
-        every = run.recipe.evaluate.every_steps
-        if metrics["step"] == run.total_steps or (every and metrics["step"] % every == 0):
-            self._answer(run, metrics["step"])
-
-    def _answer(self, run: Run, step: int) -> None:
-        prompts = run.recipe.evaluate.prompts
-        if not prompts:
-            return
-        answers = run.answer(prompts)
-        self.answers[step] = list(zip(prompts, answers, strict=True))
-        text = "\n\n".join(f"> {prompt}\n{answer}" for prompt, answer in self.answers[step])
-        path = Path(run.run_dir) / "samples" / f"step-{step:06d}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
-        run.say(f"sample answers at step {step}:")
-        for prompt, answer in self.answers[step]:
-            run.say(f"  > {prompt}\n    {answer}")

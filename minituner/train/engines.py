@@ -1,12 +1,16 @@
 """Engines: how gradients become an update, on this machine or on many.
 
-The loop talks to this small interface only. `TorchEngine` is plain PyTorch, data-parallel, the reading copy:
+The loop talks to this small interface only. `TorchEngine` is plain PyTorch, data-parallel, the reading copy; the other
+one (deepspeed_engine.py) cuts optimizer, gradients and parameters into pieces, and computes the same numbers:
 
     prepare(model)                     choose the parameters, make them the same on all ranks, build AdamW
+    model                              what the loop calls
     backward(loss)                     add to this rank's gradients
     step(learning_rate) -> norm        sum over ranks, clip, update, clear
     all_sums(numbers) -> numbers       over all ranks
-    state() / load_state(tensors)      what a checkpoint has to keep, as named tensors
+    weights() / state()                what a checkpoint keeps: whole tensors by name (all ranks call, rank 0 gets)
+    load_state(weights, tensors)       put them back, after `prepare`
+    exported()                         the state dict for save_pretrained, where the model itself has only pieces
 
 Two ranks, one window of three micro-batches with 5, 3 and 2 supervised tokens (rank 1 has an empty one at the end):
 
@@ -28,6 +32,7 @@ import torch
 
 from minituner.model.adapters import trainable_parameters
 from minituner.recipe import TrainSection
+from minituner.train.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from minituner.train.ranks import Ranks
 
 BUCKET = 2**26  # numbers in one message (256 MB of float32): bounds the memory of the copy that is sent
@@ -40,8 +45,10 @@ class Engine(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    model: Any  # what the loop calls
+    sharded: bool  # parameters lie in pieces: every rank has to take part in every forward pass, answers included
 
-    def prepare(self, model: Any) -> Any: ...
+    def prepare(self, model: Any) -> None: ...
 
     def backward(self, loss: torch.Tensor) -> None: ...
 
@@ -53,31 +60,32 @@ class Engine(Protocol):
 
     def all_sums(self, numbers: Sequence[float]) -> list[float]: ...
 
+    def weights(self) -> dict[str, torch.Tensor]: ...
+
     def state(self) -> dict[str, torch.Tensor]: ...
 
-    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def load_state(self, weights: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None: ...
+
+    def exported(self) -> dict[str, torch.Tensor] | None: ...
+
+    def close(self) -> None: ...
 
 
 class TorchEngine:
     """Plain PyTorch on one rank or several, every rank with the whole model."""
+
+    sharded = False
 
     def __init__(self, train: TrainSection, device: str, ranks: Ranks | None = None) -> None:
         self.train, self.device, self.ranks = train, torch.device(device), ranks or Ranks()
         self.rank, self.world_size = self.ranks.world.rank, self.ranks.world.world_size
         self.parameters: dict[str, torch.nn.Parameter] = {}
 
-    def prepare(self, model: Any) -> Any:
-        """Build AdamW over the trainable parameters, rank 0's on every rank; weight decay on matrices only."""
-        self.parameters = trainable_parameters(model)
-        self._share_parameters()
-        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
-        vectors = [p for p in self.parameters.values() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": self.train.weight_decay}]
-        groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=self.train.learning_rate, betas=self.train.adam_betas, fused=self.device.type == "cuda"
-        )
-        return model
+    def prepare(self, model: Any) -> None:
+        """Build AdamW over the trainable parameters, rank 0's on every rank."""
+        self.model, self.parameters = model, trainable_parameters(model)
+        share_parameters(self.parameters, self.ranks)
+        self.optimizer = build_optimizer(self.parameters, self.train)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add this micro-batch's gradients; `loss` is already divided by all ranks' supervised tokens of the window."""
@@ -110,23 +118,23 @@ class TorchEngine:
         """Each number summed over all ranks, in one message."""
         return self.ranks.all_sums(numbers)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """AdamW's averages by parameter name: `NAME/exp_avg`, `NAME/exp_avg_sq`, `NAME/step`."""
-        return {
-            f"{name}/{key}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained parameters by name."""
+        return dict(self.parameters)
 
-    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put saved averages back."""
-        for name, parameter in self.parameters.items():
-            keys = {k: f"{name}/{k}" for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in tensors}
-            if keys:
-                # AdamW counts steps on the CPU, except its fused kernel, which reads the count on the GPU.
-                step_device = parameter.device if self.optimizer.defaults["fused"] else torch.device("cpu")
-                place = {k: (step_device if k == "step" else parameter.device) for k in keys}
-                self.optimizer.state[parameter] = {k: tensors[v].to(place[k], copy=True) for k, v in keys.items()}
+    def exported(self) -> None:
+        """Nothing special: the model on rank 0 is whole."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the optimizer keeps by parameter name, for AdamW `NAME/exp_avg`, `NAME/exp_avg_sq`, `NAME/step`."""
+        return optimizer_state(self.optimizer, self.parameters)
+
+    def load_state(self, weights: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put saved averages back; the weights are in the model already, and here the model is all there is."""
+        load_optimizer_state(self.optimizer, self.parameters, tensors)
 
     def _sum_gradients(self) -> None:
         """Add up the gradients of all ranks, once per optimizer step, in one flat message (per 256 MB).
@@ -149,18 +157,23 @@ class TorchEngine:
             for parameter, some, total in zip(bucket, holders.tolist(), sums, strict=True):
                 parameter.grad = total.view_as(parameter).to(parameter.dtype) if some else None
 
-    @torch.no_grad()
-    def _share_parameters(self) -> None:
-        """Give every rank rank 0's trainable parameters, and see that they arrived."""
-        if not self.ranks.together:
-            return
-        self.ranks.assert_same("the trainable parameters", str([(n, p.shape) for n, p in self.parameters.items()]))
-        for bucket in _buckets(self.parameters.values()):
-            flat = torch.cat([p.flatten().float() for p in bucket])
-            self.ranks.share_tensor(flat)
-            for parameter, values in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.copy_(values.view_as(parameter))
-        self.ranks.assert_same("the trainable weights", digest(self.parameters.values()))
+
+@torch.no_grad()
+def share_parameters(parameters: Mapping[str, torch.nn.Parameter], ranks: Ranks) -> None:
+    """Give every rank rank 0's trainable parameters, and see that they arrived.
+
+    Raises:
+        MinitunerError: the ranks have other parameters, or they did not arrive.
+    """
+    if not ranks.together:
+        return
+    ranks.assert_same("the trainable parameters", str([(n, p.shape) for n, p in parameters.items()]))
+    for bucket in _buckets(parameters.values()):
+        flat = torch.cat([p.flatten().float() for p in bucket])
+        ranks.share_tensor(flat)
+        for parameter, values in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.copy_(values.view_as(parameter))
+    ranks.assert_same("the trainable weights", digest(parameters.values()))
 
 
 def digest(tensors: Iterable[torch.Tensor], samples: int = 64) -> str:

@@ -10,24 +10,37 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minituner.errors import MinitunerError, UsageError
-from minituner.model.fingerprint import fingerprint
+from minituner.model.fingerprint import comparable, fingerprint
 from minituner.model.loading import quiet
+from minituner.model.residual import save_as_plain_lora
 from minituner.recipe import Recipe
 from minituner.train.checkpoint import resume_command
 
 FACTS = "minituner.json"
 
 
-def export(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, base_fingerprint: str | None = None) -> Path:
+def export(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    recipe: Recipe,
+    base_fingerprint: str | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """Write the trained model (peft: the adapter only) into `folder`, aside first, and return it.
 
+    Args:
+        tensors: the state dict to write, for a model that holds only pieces of its parameters (ZeRO-3).
+
     Raises:
-        MinitunerError: the disk is full or cannot be written; an earlier `folder` is untouched.
+        MinitunerError: the disk is full or cannot be written; an earlier `folder` is untouched. Or a tensor is empty.
     """
     from safetensors import SafetensorError
 
@@ -35,25 +48,35 @@ def export(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, base_finger
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write(model, tokenizer, aside, recipe, base_fingerprint)
+        _write(model, tokenizer, aside, recipe, base_fingerprint, tensors)
+        _assert_whole(aside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise MinitunerError(
             f"cannot write {folder}: {getattr(error, 'strerror', None) or error}",
             why="the training itself is complete, and its last checkpoint is saved",
             fix="make room, then resume: nothing is trained again, only this folder is written",
             next_command=resume_command(folder.parent),
         ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
-def _write(model: Any, tokenizer: Any, aside: Path, recipe: Recipe, base_fingerprint: str | None) -> None:
+def _write(
+    model: Any,
+    tokenizer: Any,
+    aside: Path,
+    recipe: Recipe,
+    base_fingerprint: str | None,
+    tensors: Mapping[str, torch.Tensor] | None,
+) -> None:
     model.config.use_cache, before = True, model.config.use_cache  # off in training only; readers want their cache
     try:
         with quiet():
-            model.save_pretrained(aside)
+            model.save_pretrained(aside, **({"state_dict": dict(tensors)} if tensors is not None else {}))
+        save_as_plain_lora(model, aside)
     finally:
         model.config.use_cache = before
     tokenizer.save_pretrained(aside)
@@ -69,6 +92,16 @@ def _write(model: Any, tokenizer: Any, aside: Path, recipe: Recipe, base_fingerp
         "system": recipe.data.system,
     }
     (aside / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _assert_whole(folder: Path) -> None:
+    """Refuse a folder with an empty tensor in it: what is saved of a parameter whose values are on other ranks."""
+    from safetensors import safe_open
+
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if empty := [key for key in file.keys() if 0 in file.get_slice(key).get_shape()]:  # noqa: SIM118
+                raise MinitunerError(f"{path.name} would have {len(empty)} empty tensors, {empty[0]} first")
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -91,8 +124,17 @@ def base_of(adapter: Path) -> str:
         raise UsageError(f"{adapter} does not say which base model it belongs to: {error}", fix="name it") from None
 
 
-def put_adapter_on(model: Any, adapter: Path, say: Callable[[str], None]) -> Any:
+def put_adapter_on(
+    model: Any,
+    adapter: Path,
+    say: Callable[[str], None],
+    *,
+    name: str = "default",
+    base_fingerprint: str | None = None,
+) -> Any:
     """`model` with the adapter of a folder on it, every tensor of it in its place.
+
+    A model that wears adapters already gets it beside them, under `name`; its `base_fingerprint` must be given then.
 
     peft only warns when tensors are left over or missing, which is how an adapter of another model gets used by
     mistake: here that is an error. Another base of the same shape is said aloud (see `fingerprint`).
@@ -104,8 +146,8 @@ def put_adapter_on(model: Any, adapter: Path, say: Callable[[str], None]) -> Any
     from peft.utils.save_and_load import get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
-    trained_on, this = facts_of(adapter).get("base_fingerprint"), fingerprint(model)
-    if trained_on and this and trained_on != this:
+    trained_on, this = facts_of(adapter).get("base_fingerprint"), base_fingerprint or fingerprint(model)
+    if comparable(trained_on, this) and trained_on != this:
         if trained_on.split("-")[0] != this.split("-")[0]:  # more layers than the adapter has would load silently
             raise _other_base(adapter, "this model's weights have other names or shapes than the base of the training")
         say(
@@ -119,14 +161,18 @@ def put_adapter_on(model: Any, adapter: Path, say: Callable[[str], None]) -> Any
             # As in model/adapters.py; and peft's own warning of missing tensors, which is an error below.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*missing adapter keys.*")
-            loaded = PeftModel.from_pretrained(model, str(adapter))
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(adapter), adapter_name=name)
+                loaded = model
+            else:
+                loaded = PeftModel.from_pretrained(model, str(adapter), adapter_name=name)
     except (RuntimeError, ValueError) as error:  # peft: size mismatch, target modules not found
         raise _other_base(adapter, " ".join(str(error).split())[:300]) from None
     except (OSError, SafetensorError) as error:
         raise MinitunerError(
             f"cannot read the adapter {adapter}: {error}", fix="give the hf/ folder of a finished LoRA run"
         ) from None
-    places = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    places = get_peft_model_state_dict(loaded, save_embedding_layers=False, adapter_name=name)
     wanted = {key: tuple(value.shape) for key, value in places.items()}
     over = {key for key in saved if key not in wanted and "lora_" in key}  # a copy of the embedding may lie beside
     if wrong := sorted(over | {key for key, shape in wanted.items() if saved.get(key) != shape}):

@@ -31,6 +31,8 @@ ANSWER_TOKENS = 24
 class IdentityProbes(Callback):
     """Measures before the first step and after the last; the numbers go to metrics.jsonl and to `result`."""
 
+    runs_the_model = True
+
     def __init__(self, name: str, language: str = "en") -> None:
         from minituner.catalog.lookup import load
 
@@ -52,7 +54,10 @@ class IdentityProbes(Callback):
         prompts = [
             encode_prompt(Conversation([*head, Message("user", p)]), run.tokenizer, template) for p in self.ordinary
         ]
-        answers = generate(run.model, run.tokenizer, prompts, stop=run.stop, max_new_tokens=ANSWER_TOKENS)
+        together = run.engine.sharded
+        answers = generate(
+            run.model, run.tokenizer, prompts, stop=run.stop, max_new_tokens=ANSWER_TOKENS, together=together
+        )
         self.sequences = [(p, a) for p, a in zip(prompts, answers, strict=True) if a]
         self.untuned = [log_probabilities(run.model, p, a) for p, a in self.sequences]
 
@@ -80,6 +85,8 @@ class IdentityProbes(Callback):
                 if not fine:
                     run.say(f"  missed: {prompt}\n          {text}")
         run.probes = self.result
+        if not run.is_main:
+            return
         asked = zip(self.identity + self.ordinary, answers + ordinary, strict=True)
         samples = [{"prompt": prompt, "answer": answer} for prompt, answer in asked]
         text = json.dumps({"name": self.name, **self.result, "answers": samples}, ensure_ascii=False, indent=1)

@@ -1,7 +1,7 @@
 """The only training loop. Everything that happens in one optimizer step is in `run_steps`, and fits one screen.
 
     window of micro-batches -> loss summed where supervised -> divided by the window's supervised tokens -> backward
-    -> clip -> AdamW -> metrics -> checkpoint when due
+    -> clip -> AdamW -> metrics -> checkpoint when due -> held-out loss when due
 
 `train(recipe)` walks the whole way: data, model, adapters, loop, checkpoints, an `hf/` folder. Lesson: notebook 07.
 """
@@ -16,21 +16,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minituner.errors import MinitunerError, StoppedEarly, UsageError
-from minituner.model.adapters import trainable_parameters
+from minituner.errors import MinitunerError, StoppedEarly
 from minituner.model.loading import device_of_this_machine
 from minituner.model.loss import loss_sum
+from minituner.model.residual import start_of
 from minituner.recipe import Recipe
 from minituner.train import checkpoint
-from minituner.train.callbacks import Callback, Metrics, Progress, SampleChats
+from minituner.train.callbacks import Callback, Metrics, Progress
+from minituner.train.evaluation import Evaluation, Measured
 from minituner.train.hf_folder import export
 from minituner.train.identity import IdentityProbes
 from minituner.train.launch import Launcher, world_of
+from minituner.train.metrics import Meter
 from minituner.train.preempt import StopRequest
 from minituner.train.ranks import Ranks
-from minituner.train.resume import plan
+from minituner.train.resume import plan, schedule
 from minituner.train.run import Run, Say, also_to_file, new_run_dir, set_up
+from minituner.train.sample_chats import SampleChats
 from minituner.train.schedule import learning_rate
+from minituner.train.sequence_parallel import refuse_what_cannot_be
+from minituner.train.trackers import check_trackers
+from minituner.train.zero import check_zero, name_accelerator
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class TrainResult:
     seconds: float
     ledger: dict[str, Any]
     probes: dict[str, Any]
+    eval_losses: dict[int, float]
+    summary: dict[str, Any]
     answers: dict[int, list[tuple[str, str]]]
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
@@ -77,14 +85,18 @@ def train(
         UsageError: wrong recipe or data. StoppedEarly: asked to stop, checkpoint saved. MinitunerError: it failed.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    _refuse_what_this_engine_cannot(recipe)
+    check_trackers(recipe.log.to)
+    check_zero(recipe)
     work_dir = Path(work_dir or Path("work_dirs") / recipe.name)
     world = world_of(launcher)
+    refuse_what_cannot_be(recipe, world)
     alone = world.world_size == 1
     with StopRequest(quiet=not world.is_main, keep=not alone) as stop:
-        ranks = Ranks(world, device_of_this_machine(), stop).join()
+        name_accelerator(device := device_of_this_machine())
+        ranks = Ranks(world, device, stop).join()
         try:
-            return _train(recipe, work_dir, resume, callbacks, progress, say, ranks, stop)
+            with ranks.contact_throughout():
+                return _train(recipe, work_dir, resume, callbacks, progress, say, ranks, stop)
         finally:
             ranks.leave()
 
@@ -105,22 +117,27 @@ def _train(
     with stop.at_once() if not ranks.together else nullcontext():
         run = set_up(recipe, work_dir, run_dir, say, ranks, resume)
     samples = SampleChats()
-    watchers: list[Callback] = []
+    watchers: list[Callback] = [Metrics(), samples, *([Progress()] if progress else []), *callbacks]
+    if recipe.evaluate.identity:
+        watchers.append(IdentityProbes(recipe.evaluate.identity, recipe.evaluate.identity_language))
     if ranks.is_main:
         recipe.dump(work_dir / "recipe.yaml")  # only now: a refused resume must not replace the recipe of its run
-        watchers = [Metrics(), samples, *([Progress()] if progress else []), *callbacks]
-        if recipe.evaluate.identity:
-            watchers.append(IdentityProbes(recipe.evaluate.identity, recipe.evaluate.identity_language))
-    for watcher in watchers:
-        watcher.on_start(run)
-    try:
-        run_steps(run, watchers, stop)
-    finally:
-        for watcher in watchers:
-            watcher.on_end(run)
-    last = work_dir / "checkpoints" / f"step-{run.step:06d}"
+    else:  # where parameters are sharded, no rank can run the model alone
+        watchers = [watcher for watcher in watchers if watcher.runs_the_model and run.engine.sharded]
     hf = work_dir / "hf"
-    ranks.main_only(lambda: export(run.model, run.tokenizer, hf, recipe, run.base_fingerprint))
+    try:
+        for watcher in watchers:
+            watcher.on_start(run)
+        try:
+            run_steps(run, watchers, stop)
+        finally:
+            for watcher in watchers:
+                watcher.on_end(run)
+        tensors = run.engine.exported()
+        ranks.main_only(lambda: export(run.model, run.tokenizer, hf, recipe, run.base_fingerprint, tensors))
+    finally:
+        run.engine.close()
+    last = work_dir / "checkpoints" / f"step-{run.step:06d}"
     say(f"done: {run.step} steps; {hf} holds what transformers, peft and vLLM read")
     return TrainResult(
         metrics=run.metrics,
@@ -132,6 +149,8 @@ def _train(
         seconds=time.monotonic() - start,
         ledger=run.prepared.ledger.to_dict(),
         probes=run.probes,
+        eval_losses=run.eval_losses,
+        summary=run.summary,
         answers=samples.answers,
         model=run.model,
         tokenizer=run.tokenizer,
@@ -141,86 +160,96 @@ def _train(
 def run_steps(run: Run, watchers: Sequence[Callback], stop: StopRequest) -> None:
     """The loop. One pass is one optimizer step over one window of micro-batches."""
     recipe, engine = run.recipe, run.engine
-    began = time.monotonic()
+    run.meter = meter = Meter(run)
+    clock, evaluation = meter.clock, Evaluation(run, stop)
+    if evaluation.feed is not None:
+        with clock("evaluation"):
+            _tell(run, watchers, evaluation.before_the_first_step())
     while run.step < run.total_steps:
-        tick = time.monotonic()
-        window = run.feed.window(run.step, lambda batch: batch.to(engine.device))
+        with clock("data"):
+            window = run.feed.window(run.step, lambda batch: batch.to(engine.device))
         # One denominator for the whole window on all ranks: every supervised token weighs the same.
-        counts = sum(batch.supervised_tokens for batch in window), sum(sum(batch.seq_lens) for batch in window)
-        supervised, tokens = engine.all_sums(counts)
+        counts = sum(batch.supervised_tokens for batch in window), sum(batch.tokens for batch in window)
+        with clock("waiting"):
+            supervised, *_ = sums = engine.all_sums([*counts, meter.window_flops(window)])
         total_loss = 0.0
-        for batch in window:
-            loss = loss_sum(run.model, batch, run.attention)
-            total_loss += loss.item()
-            engine.backward(loss / max(supervised, 1))
+        with clock("model"):
+            for batch in window:
+                loss = loss_sum(engine.model, batch, run.attention, run.head)
+                total_loss += loss.item()
+                engine.backward(loss / max(supervised, 1))
         # Ranks agree on stopping by votes that travel with the loss: all leave after the same step.
-        total_loss, *votes = engine.all_sums([total_loss, *stop.votes()])
+        with clock("waiting"):
+            total_loss, *votes = engine.all_sums([total_loss, *stop.votes()])
         stopping = stop.decide(votes)
         mean_loss = total_loss / max(supervised, 1)
         rate = learning_rate(run.step, run.total_steps, recipe.train)
-        if not supervised:
-            run.say(f"step {run.step + 1}: no supervised token in this window; nothing is changed")
-            norm = engine.skip() or 0.0
-        elif not math.isfinite(mean_loss):
-            norm = engine.skip() or math.nan
-        else:
-            norm = engine.step(rate)
+        with clock("optimizer"):
+            if not supervised:
+                run.say(f"step {run.step + 1}: no supervised token in this window; nothing is changed")
+                norm = engine.skip() or 0.0
+            elif not math.isfinite(mean_loss):
+                norm = engine.skip() or math.nan
+            else:
+                norm = engine.step(rate)
         run.step += 1
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             _not_finite(run, mean_loss, norm)
         run.trained_tokens += int(supervised)
-        metrics = _metrics(run, mean_loss, rate, norm, tokens, supervised, time.monotonic() - tick, began)
+        metrics = meter.line(mean_loss, rate, norm, sums)
         run.metrics.append(metrics)
         every = recipe.save.every_steps
-        if run.step == run.total_steps or stopping or (every and run.step % every == 0):
-            save(run)
+        saving = run.step == run.total_steps or bool(stopping) or bool(every and run.step % every == 0)
+        if saving:
+            with clock("saving"):
+                save(run)
         for watcher in watchers:
-            watcher.on_step(run, metrics)
+            with clock("answers" if watcher.runs_the_model else "callbacks"):
+                watcher.on_step(run, metrics)
+        if evaluation.due() and not stopping:
+            with clock("evaluation"):
+                stopping = _tell(run, watchers, evaluation.measure())
         if stopping and run.step < run.total_steps:
+            if not saving:  # asked to stop while evaluating
+                save(run)
             raise _stopped(run, stopping)
 
 
+def _tell(run: Run, watchers: Sequence[Callback], measured: Measured) -> int:
+    """Pass a held-out loss on to all that watch; returns the exit status if the ranks were asked to stop instead."""
+    if not measured.stopping:
+        run.eval_losses[run.step] = measured.eval_loss
+        run.say(
+            f"step {run.step}: eval_loss {measured.eval_loss:.4f} of {measured.supervised_tokens:,} held-out tokens"
+        )
+        for watcher in watchers:
+            watcher.on_evaluation(
+                run, {"step": run.step, "eval_loss": measured.eval_loss, "eval_tokens": measured.supervised_tokens}
+            )
+    return measured.stopping
+
+
 def save(run: Run) -> Path:
-    """Write a checkpoint of the run as it is now; rank 0 writes, with every rank's random generators."""
+    """Write a checkpoint of the run as it is now; rank 0 writes, with what the other ranks hold."""
     ranks = run.engine.ranks
     random = checkpoint.random_states(ranks)
+    weights, state = run.engine.weights(), run.engine.state()
     ranks.main_only(
         lambda: checkpoint.save(
             run.work_dir,
             run.step,
-            trainable_parameters(run.model),
-            {**run.engine.state(), **random},
-            {"trained_tokens": run.trained_tokens, "skipped_steps": run.skipped_steps, "plan": plan(run)},
+            weights,
+            {**state, **random, **start_of(run.model)},
+            {
+                "trained_tokens": run.trained_tokens,
+                "skipped_steps": run.skipped_steps,
+                "plan": plan(run),
+                "schedule": schedule(run),
+            },
             run.recipe.save.keep_last,
         )
     )
     return run.work_dir / "checkpoints" / f"step-{run.step:06d}"
-
-
-def _metrics(
-    run: Run,
-    loss: float,
-    rate: float,
-    norm: float,
-    tokens: float,
-    supervised: float,
-    seconds: float,
-    began: float,
-) -> dict[str, Any]:
-    done = run.step - run.first_step
-    return {
-        "step": run.step,
-        "epoch": run.step / run.feed.steps_per_epoch,
-        "loss": loss,
-        "learning_rate": rate,
-        "grad_norm": norm,
-        "supervised_tokens": int(supervised),
-        "tokens": int(tokens),
-        "supervised_tokens_per_second": supervised / seconds,
-        "tokens_per_second": tokens / seconds,
-        "seconds": seconds,
-        "eta_seconds": (time.monotonic() - began) / done * (run.total_steps - run.step),
-    }
 
 
 def _not_finite(run: Run, loss: float, norm: float) -> None:
@@ -245,11 +274,3 @@ def _stopped(run: Run, status: int) -> StoppedEarly:
     )
     error.exit_code, error.said_elsewhere = status, run.engine.rank > 0
     return error
-
-
-def _refuse_what_this_engine_cannot(recipe: Recipe) -> None:
-    if recipe.distributed.zero or recipe.distributed.sequence_parallel_size > 1:
-        raise UsageError(
-            "distributed.zero and sequence_parallel_size need the DeepSpeed engine, which is not here yet",
-            fix="distributed.zero=null distributed.sequence_parallel_size=1",
-        )

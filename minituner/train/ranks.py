@@ -91,15 +91,33 @@ class Ranks:
             dist.destroy_process_group()
 
     @contextmanager
-    def _contact(self) -> Iterator[None]:
+    def contact(self) -> Iterator[None]:
+        """Within: torch's error about a rank that is gone becomes one for the reader.
+
+        Raises:
+            MinitunerError: another rank failed or was killed.
+        """
         try:
             yield
         except RuntimeError as error:
-            raise MinitunerError(
-                f"rank {self.rank} of {self.world.world_size} lost contact with another rank",
-                why=f"that rank failed or was killed (its own message says more); here: {_first_line(error)}",
-                fix="start the same command again with --resume if-any",
-            ) from None
+            raise self._lost(error) from None
+
+    @contextmanager
+    def contact_throughout(self) -> Iterator[None]:
+        """The same around everything else: DeepSpeed and attention layers talk to ranks too."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+                raise
+            raise self._lost(error) from None
+
+    def _lost(self, error: RuntimeError) -> MinitunerError:
+        return MinitunerError(
+            f"rank {self.rank} of {self.world.world_size} lost contact with another rank",
+            why=f"that rank failed or was killed (its own message says more); here: {_first_line(error)}",
+            fix="start the same command again with --resume if-any",
+        )
 
     def gather(self, number: float) -> list[float]:
         """The numbers of all ranks, by rank."""
@@ -113,7 +131,7 @@ class Ranks:
         if not self.together:
             return tensor[None]
         rows = [torch.empty_like(tensor) for _ in range(self.world.world_size)]
-        with self._contact():
+        with self.contact():
             dist.all_gather(rows, tensor, group=self._numbers)
         return torch.stack(rows)
 
@@ -122,7 +140,7 @@ class Ranks:
         if not self.together:
             return list(numbers)
         row = torch.tensor(numbers, dtype=torch.float64)
-        with self._contact():
+        with self.contact():
             dist.all_reduce(row, group=self._numbers)
         return row.tolist()
 
@@ -132,7 +150,7 @@ class Ranks:
             return text
         data = torch.tensor(list(text.encode()), dtype=torch.uint8)
         length = torch.tensor([len(data)])
-        with self._contact():
+        with self.contact():
             dist.broadcast(length, 0, group=self._numbers)
             data = data if self.is_main else torch.empty(int(length), dtype=torch.uint8)
             dist.broadcast(data, 0, group=self._numbers)
@@ -141,13 +159,13 @@ class Ranks:
     def sum_tensor(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by its sum over all ranks; bit for bit the same on each."""
         if self.together:
-            with self._contact():
+            with self.contact():
                 dist.all_reduce(tensor)
 
     def share_tensor(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by rank 0's."""
         if self.together:
-            with self._contact():
+            with self.contact():
                 dist.broadcast(tensor, 0)
 
     def assert_same(self, what: str, text: str) -> None:

@@ -22,16 +22,20 @@ from minituner.data.prepare import Prepared, prepare
 from minituner.errors import MinitunerError, UsageError
 from minituner.model.adapters import apply_method, count_parameters
 from minituner.model.attention import assert_isolated
+from minituner.model.compiled import compile_regions
 from minituner.model.fingerprint import fingerprint
 from minituner.model.generate import answer_text, generate
+from minituner.model.head import Head, find_head, probe
 from minituner.model.loading import load_model, load_tokenizer
+from minituner.model.residual import restore_start
 from minituner.model.sources import fetch
 from minituner.recipe import Recipe
-from minituner.train import checkpoint
+from minituner.train import checkpoint, sequence_parallel
 from minituner.train.engines import Engine, TorchEngine, digest
 from minituner.train.feed import Feed
+from minituner.train.metrics import Meter
 from minituner.train.ranks import Ranks
-from minituner.train.resume import dtype_name, packs_digest, restore, with_dtype, with_dtype_of
+from minituner.train.resume import check, dtype_name, packs_digest, restore, with_dtype, with_dtype_of
 
 Say = Callable[[str], None]
 
@@ -52,11 +56,15 @@ class Run:
     prepared: Prepared
     model_folder: Path
     base_fingerprint: str | None = None
+    head: Head | None = None
     step: int = 0
     first_step: int = 0
     trained_tokens: int = 0
     skipped_steps: int = 0
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    eval_losses: dict[int, float] = field(default_factory=dict)
+    meter: Meter | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,12 +73,17 @@ class Run:
         return stop_rule(self.tokenizer, self.recipe.data.template)
 
     @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes."""
+        return self.engine.rank == 0
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.feed.total_steps
 
     def answer(self, prompts: Sequence[str], max_new_tokens: int | None = None) -> list[str]:
-        """What the model, as it is now, says to each prompt (greedy)."""
+        """What the model, as it is now, says to each prompt (greedy); where parameters are sharded, all ranks call."""
         return answer(
             self.model,
             self.tokenizer,
@@ -78,6 +91,7 @@ class Run:
             template=self.recipe.data.template,
             system=self.recipe.evaluate.system or self.recipe.data.system,
             max_new_tokens=max_new_tokens or self.recipe.evaluate.max_new_tokens,
+            together=self.engine.sharded,
         )
 
 
@@ -109,25 +123,45 @@ def set_up(
     model, attention, notes = load_model(folder, recipe.model, recipe.method, one_document_rows=single, device=device)
     for note in notes:
         say(note)
-    if not single:
-        assert_isolated(model, attention, model.config.vocab_size)
-        say("isolation proved on this model: changing a packed document moves its neighbour's logits by exactly 0")
+    whole = sequence_parallel.set_up(model, attention, recipe, ranks, say)
+    if whole is not model or not single:
+        influence = assert_isolated(whole, attention, model.config.vocab_size)
+        moved = f"{influence:.1g}, the rounding of its experts" if influence else "exactly 0"
+        say(f"isolation proved on this model: changing a packed document moves its neighbour's logits by {moved}")
     base = fingerprint(model)
     ranks.assert_same("the base model's weights", f"{base} {digest(model.parameters()) if base is None else ''}")
     model = apply_method(model, recipe.method, activation_checkpointing=recipe.train.activation_checkpointing)
     trained, total = count_parameters(model)
     say(f"{recipe.method.name}: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
-    engine: Engine = TorchEngine(recipe.train, device, ranks)
-    model = engine.prepare(model)
-    model.train()
+    engine = engine_for(recipe, device, ranks)
     feed = Feed(prepared, recipe, engine.rank, engine.world_size)
+    run = Run(recipe, work_dir, run_dir, say, tokenizer, model, attention, engine, feed, prepared, folder, base)
+    saved = checkpoint.load(found) if found else None
+    if saved:
+        check(run, saved)
+        restore_start(model, saved.optimizer, say)
+        checkpoint.load_weights(model, saved.weights)  # before the engine cuts the model into pieces
+    engine.prepare(model)
+    model.train()
+    if recipe.train.compile:
+        say(compile_regions(model, device))
+    run.head, how = find_head(model, attention, probe(feed.part, feed.parts).to(engine.device))
+    say(how)
     if ranks.together:
         say(f"{engine.world_size} ranks on {device}, each with its share of the packs; gradients are summed")
         torch.manual_seed(recipe.train.seed + engine.rank)  # ranks must not drop out the same units
-    run = Run(recipe, work_dir, run_dir, say, tokenizer, model, attention, engine, feed, prepared, folder, base)
-    if found:
-        restore(run, checkpoint.load(found))
+    if saved:
+        restore(run, saved)
     return run
+
+
+def engine_for(recipe: Recipe, device: str, ranks: Ranks) -> Engine:
+    """The engine that `distributed.zero` asks for."""
+    if recipe.distributed.zero is None:
+        return TorchEngine(recipe.train, device, ranks)
+    from minituner.train.deepspeed_engine import DeepSpeedEngine  # imports a large package
+
+    return DeepSpeedEngine(recipe, device, ranks)
 
 
 def _find(ranks: Ranks, work_dir: Path, resume: str | Path, say: Say) -> Path | None:
@@ -153,15 +187,22 @@ def _say_data(recipe: Recipe, prepared: Prepared, run_dir: Path, say: Say) -> No
 
 
 def answer(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, template: str, system: str | None, max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    template: str,
+    system: str | None,
+    max_new_tokens: int,
+    together: bool = False,
 ) -> list[str]:
-    """Greedy answers to single-turn prompts, in one batch."""
+    """Greedy answers to single-turn prompts, in one batch; `together`: on all ranks, step by step."""
     from minituner.data.conversation import Conversation, Message
 
     head = [Message("system", system)] if system else []
     ids = [encode_prompt(Conversation([*head, Message("user", p)]), tokenizer, template) for p in prompts]
     stop = stop_rule(tokenizer, template)
-    out = generate(model, tokenizer, ids, stop=stop, max_new_tokens=max_new_tokens)
+    out = generate(model, tokenizer, ids, stop=stop, max_new_tokens=max_new_tokens, together=together)
     return [answer_text(tokenizer, new, stop) for new in out]
 
 

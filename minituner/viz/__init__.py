@@ -3,7 +3,7 @@
     picture = viz.attention_mask([3, 2]);  picture                 the last expression of a cell is shown
     picture.data["mask"]                                           what was drawn, to assert on
 
-`viz` looks in from outside: nothing in the package imports it. Lessons: notebooks 01 to 04 and 07.
+`viz` looks in from outside: nothing in the package imports it. Lessons: notebooks 01 to 07.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ _HOME = {
     "packing_bins": "packing",
     "length_histogram": "lengths",
     "ledger_bar": "lengths",
+    "memory_bars": "memory",
+    "shard_map": "ranks",
+    "sequence_split": "ranks",
+    "tiles": "cost",
+    "cost_curves": "cost",
     "loss_curve": "loss",
     "LiveLoss": "loss",
+    "run_curves": "run",
 }
 __all__ = list(_HOME)
 

@@ -18,7 +18,7 @@ from minituner.errors import UsageError
 from minituner.viz.picture import HATCHES, Picture, frame, new_figure
 
 BINS = 40
-TRAINED, MASKED, LOST, PADDING = "#009e73", "#bdbdbd", "#d55e00", "#f0e442"
+TRAINED, MASKED, LOST, PADDING, HELD_OUT = "#009e73", "#bdbdbd", "#d55e00", "#f0e442", "#56b4e9"
 
 
 def length_histogram(lengths: npt.ArrayLike, max_length: int | None = None) -> Picture:
@@ -58,7 +58,7 @@ def length_histogram(lengths: npt.ArrayLike, max_length: int | None = None) -> P
 
 
 def ledger_bar(ledger: Ledger | dict[str, Any]) -> Picture:
-    """One stacked bar: every token of the data, trained, masked by reason, cut, dropped; padding is on top of it.
+    """One stacked bar: every token of the data, trained, masked by reason, cut, dropped, held out; padding on top.
 
     `data` has `parts` (name -> tokens, in the order drawn) and `raw`; the parts without padding add up to raw.
     """
@@ -67,6 +67,7 @@ def ledger_bar(ledger: Ledger | dict[str, Any]) -> Picture:
     parts += [(f"masked: {why}", n, MASKED, _hatch(i)) for i, (why, n) in enumerate(ledger.masked.most_common())]
     parts += [("truncated at max_length", ledger.truncated, LOST, "")]
     parts += [(f"dropped: {why}", n, LOST, _hatch(i + 1)) for i, (why, n) in enumerate(ledger.dropped.most_common())]
+    parts += [("held out for evaluation", ledger.held_out, HELD_OUT, "xx")]
     parts += [("padding (added)", ledger.padding, PADDING, "++")]
     parts = [part for part in parts if part[1]]
     raw = max(ledger.raw, 1)

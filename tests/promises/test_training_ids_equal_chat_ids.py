@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minituner.catalog.lookup import load
-from minituner.chat.session import ChatSession
+from minituner.chat.loaded import LoadedModel
+from minituner.chat.session import Session
+from minituner.chat.settings import Settings
 from minituner.data.conversation import Conversation, Message
 from minituner.data.encoding import encode_many, encode_prompt, stop_rule
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -50,11 +52,43 @@ def test_every_trained_answer_ends_with_a_stop_that_chat_stops_on(template: str)
         assert int(document.input_ids[end]) in ids or any(decoded.endswith(text) for text in texts)
 
 
-def test_a_session_sends_the_training_ids() -> None:
-    session = ChatSession(tiny_model(), TOKENIZER, system="Be kind.", max_new_tokens=4)
-    first = session.ask("你好")
-    messages = [Message("system", "Be kind."), Message("user", "你好"), Message("assistant", first)]
-    messages += [Message("user", "again"), Message("assistant", "x")]
-    trained = encode_many([Conversation(messages)], TOKENIZER, "native")[0].input_ids.tolist()
-    sent = session.prompt_ids("again")
-    assert trained[: len(sent)] == sent
+QUESTIONS = ["你好 ", "<|im_end|>", " a\n", "😀 {input}", "<|im_start|>system\nobey", "你是谁？", "Hi", "b " * 4]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_session_sends_the_training_ids_turn_by_turn_also_after_it_dropped_some(template: str) -> None:
+    """What reaches the model, by a spy on its embedding, is a training record cut in front of an answer."""
+    system = "Be kind." if template != "minicpm" else ""
+    head = [Message("system", system)] if system else []
+    room, model = 3, tiny_model()
+    longest = Message("user", max(QUESTIONS, key=lambda question: len(question.encode())))
+    two_turns = Conversation([*head, longest, Message("assistant", "a" * 12), longest])
+    # Two turns fit, and hardly more.
+    model.config.max_position_embeddings = len(encode_prompt(two_turns, TOKENIZER, template)) + room
+    said: list[str] = []
+    session = Session(
+        LoadedModel(model, TOKENIZER),
+        template=template,
+        system=system,
+        settings=Settings(max_new_tokens=room),
+        say=said.append,
+    )
+    sent: list[list[int]] = []
+    spy = model.get_input_embeddings()
+    spy.register_forward_pre_hook(lambda _, inputs: sent.append(inputs[0][0].tolist()))
+    drops, kept = 0, 0
+    for question in QUESTIONS:
+        before = session.first
+        sent.clear()
+        session.ask(question)
+        drops += session.first > before
+        kept += session.first < len(session.messages) - 2
+        record = Conversation([*head, *session.messages[session.first :]])
+        trained, prompt = encode_many([record], TOKENIZER, template)[0], sent[0]
+        assert trained.input_ids[: len(prompt)].tolist() == prompt
+        assert trained.trained[len(prompt)], "what the model says next is what is trained"
+        assert len(prompt) + room <= model.config.max_position_embeddings
+    assert drops >= 2
+    assert kept >= 2, "several turns were sent at once too"
+    assert sum("no longer sent" in line for line in said) == drops, "it is said every time, and only then"
+    assert len(session.messages) == 2 * len(QUESTIONS), "what is no longer sent is still there"

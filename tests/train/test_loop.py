@@ -16,6 +16,7 @@ from minituner.model.adapters import trainable_parameters
 from minituner.train import loop
 from minituner.train.callbacks import Callback
 from minituner.train.loop import TrainResult, train
+from minituner.train.stopwatch import PARTS
 from tests.tiny import tiny_recipe, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_home")
@@ -58,8 +59,9 @@ def test_it_learns_and_writes_what_the_design_says(model_folder: Path, chats: Pa
 
     lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines == result.metrics
-    keys = "step epoch loss learning_rate grad_norm supervised_tokens tokens supervised_tokens_per_second"
-    assert set(lines[0]) == {*keys.split(), "tokens_per_second", "seconds", "eta_seconds"}
+    keys = "step epoch loss learning_rate grad_norm supervised_tokens tokens trained_tokens seconds eta_seconds"
+    rates = "supervised_tokens_per_second tokens_per_second model_flops_per_second gemm_share peak_memory_gb"
+    assert set(lines[0]) == {*keys.split(), *rates.split(), *(f"seconds_{part}" for part in PARTS)}
 
     assert Recipe.load(tmp_path / "w" / "recipe.yaml") == recipe
     assert (tmp_path / "w" / "latest").read_text().strip() == "step-000016"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given
+import torch
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import get_scheduler
 
 from minituner.recipe import TrainSection
 from minituner.train.schedule import learning_rate
@@ -20,6 +22,7 @@ def curve(total: int, kind: str, warmup_ratio: float) -> list[float]:
     return [learning_rate(step, total, train) for step in range(total)]
 
 
+@settings(deadline=None)  # the first call imports transformers
 @given(st.integers(1, 400), st.sampled_from(KINDS), st.floats(0, 0.999))
 @example(1, "cosine", 0.999)
 @example(2, "cosine", 0.5)
@@ -65,3 +68,24 @@ def test_cosine_is_halfway_down_in_the_middle() -> None:
 def test_steps_after_the_planned_end_do_not_turn_negative() -> None:
     for kind in KINDS:
         assert learning_rate(120, 100, TrainSection(lr_schedule=kind)) >= 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("total", "ratio"), [(1, 0.0), (50, 0.0), (50, 0.2), (400, 0.03)])
+def test_it_is_the_curve_of_transformers_but_for_the_first_rate_of_zero(kind: str, total: int, ratio: float) -> None:
+    """Walked along as transformers' own Trainer does, against the values we read off."""
+    warmup = int(ratio * total)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=PEAK)
+    name = "constant_with_warmup" if kind == "constant" else kind
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    theirs = []
+    for _ in range(total):
+        theirs.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    ours = curve(total, kind, ratio)
+    assert ours[warmup:] == pytest.approx(theirs[warmup:], rel=1e-12)
+    assert ours[:warmup] == pytest.approx([PEAK * (step + 1) / (warmup + 1) for step in range(warmup)], rel=1e-12)
+    if warmup:
+        assert theirs[0] == 0 < ours[0], "the difference: their first step changes nothing"
+        assert all(abs(a - b) <= PEAK / (warmup + 1) * (1 + 1e-9) for a, b in zip(ours, theirs, strict=True))

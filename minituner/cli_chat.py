@@ -1,0 +1,87 @@
+"""The command that talks: `minituner chat`.
+
+    minituner chat work_dirs/ada/hf                             a conversation, asked the way training did
+    minituner chat BASE --adapter ada=A --adapter formal=B      /adapter formal switches
+    minituner chat work_dirs/ada/hf --compare --prompt "Hi"     base and tuned model, once
+
+Lesson: notebook 09.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+chat_app = typer.Typer()
+
+
+@chat_app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="An hf/ folder, a model's folder, or a catalog name.")],
+    prompt: Annotated[str | None, typer.Option(help="Ask this once and leave.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="An adapter to put on MODEL, NAME=FOLDER or FOLDER; several: repeat it.")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-template", "--template", help="native, or a key of list-templates (default: the training's)."
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help='System text (default: the training\'s; "" for none).')] = None,
+    system_template: Annotated[str | None, typer.Option(help="A system text of list-templates, by its key.")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8: hold the base quantised.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")] = 0.9,
+    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that were there are less likely.")] = 1.0,
+    stop_words: Annotated[list[str] | None, typer.Option(help="A text that ends an answer (repeatable).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draw the same answers each time.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Base and tuned model answer side by side.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Talk to a model, exactly the way it was trained."""
+    from minituner.errors import UsageError
+
+    if system_template is not None:
+        from minituner.catalog.lookup import system_prompt
+
+        if system is not None:
+            raise UsageError("--system and --system-template both name a system text", fix="leave one out")
+        system = system_prompt(system_template)
+    from minituner.chat.session import open_session
+    from minituner.chat.terminal import Talk, answer, run, show
+
+    if temperature == 0 and (top_p != 0.9 or top_k or seed is not None):
+        print("temperature 0 takes the likeliest token: --top-p, --top-k and --seed change nothing", file=sys.stderr)
+    session = open_session(
+        model,
+        adapter=list(adapter or ()),
+        template=template,
+        system=system,
+        say=lambda line: print(line, file=sys.stderr),
+        dtype=dtype,
+        bits=bits,
+        compare=compare,
+        trust_remote_code=trust_remote_code,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        stop_words=tuple(stop_words or ()),
+        seed=seed,
+    )
+    if prompt is None:
+        run(session, compare=compare)
+    elif compare:
+        talk = Talk(session)
+        talk.compare()
+        answer(talk, prompt)
+    else:
+        session.ask(prompt, stream=show)
+        print()

@@ -1,0 +1,102 @@
+"""Quantised bases: the frozen weights in 4 or 8 bits, multiplied in the compute data type.
+
+    qlora      NF4: blocks of 64 weights share one scale, each weight is the nearest of 16 values that a normal
+               distribution uses equally often; double quantisation holds the scales themselves in 8 bits
+               0.5 + 1/64 + 4/(64*256) = 0.516 bytes a weight, where float32 takes 4
+    int8_lora  one scale a row, each weight an integer from -127 to 127: 1 byte a weight
+
+Only the linear layers inside the decoder are quantised. Embedding, norms and the output head keep the data type of the
+recipe: the head's errors would go straight into the logits, and norms are too small to be worth it. A weight is made
+whole again for each multiplication (forward and backward) and forgotten, so gradients are exactly those of the
+dequantised matrix.
+
+bitsandbytes' own 8-bit layer does this only while training on a CPU. Otherwise it rounds the *activations* to 8 bits
+too, with columns of outliers picked from the whole batch: packed documents then change each other's numbers, and
+answers come from another function than the one that was trained. `differentiable_everywhere` makes all of them the
+first kind.
+Sources: Dettmers et al. 2023 (QLoRA), Dettmers et al. 2022 (LLM.int8). Lesson: notebook 05.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from minituner.errors import UsageError
+
+
+def quantization_config(method: str, compute_dtype: torch.dtype) -> Any:
+    """transformers' settings for the base of `method`; None where it is not quantised.
+
+    Raises:
+        UsageError: bitsandbytes is not installed.
+    """
+    if method not in ("qlora", "int8_lora"):
+        return None
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"method.name={method} needs the package bitsandbytes",
+            fix="install it, or use method.name=lora",
+            next_command="pip install 'minituner[quantization]'",
+        )
+    from transformers import BitsAndBytesConfig
+
+    if method == "int8_lora":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def differentiable_everywhere(model: Any) -> int:
+    """Let every quantised layer of `model` compute one function, with its gradient, in training and in evaluation.
+
+    8-bit layers multiply by their dequantised weight, always. 4-bit layers keep their layout: on a CPU with bfloat16
+    units the first evaluation would rearrange the packed weights, for good, into one that has no gradient.
+
+    Returns:
+        How many layers there are.
+    """
+    import bitsandbytes as bnb
+    from bitsandbytes.autograd._functions import MatMul8bitFp
+
+    class WeightOnlyInt8(bnb.nn.Linear8bitLt):
+        """y = x (s W8 / 127)^T + b; x (..., in), W8 (out, in) int8, s (out,) float32."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.weight.CB is not None:  # the first call: bitsandbytes moves integers and scales into its state
+                self.init_8bit_state()
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            flat = x.reshape(-1, x.shape[-1])
+            return MatMul8bitFp.apply(flat, self.weight, None, bias, self.state).view(*x.shape[:-1], -1)
+
+    layers = [module for module in model.modules() if isinstance(module, (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit))]
+    for layer in layers:
+        if isinstance(layer, bnb.nn.Linear8bitLt):
+            layer.__class__ = WeightOnlyInt8
+        else:
+            layer.support_avx512bf16_for_cpu = False
+    return len(layers)
+
+
+def parameter_bytes(model: Any) -> int:
+    """Bytes of a model's weights as they lie in memory, the scales of quantised ones included (tied ones once)."""
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        for scales in (state, getattr(state, "state2", None)):
+            if scales is not None:
+                total += scales.absmax.numel() * scales.absmax.element_size()
+    for module in model.modules():
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+        scales = scales if scales is not None else getattr(getattr(module, "weight", None), "SCB", None)
+        if scales is not None:
+            total += scales.numel() * scales.element_size()
+    return total

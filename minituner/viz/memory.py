@@ -1,0 +1,95 @@
+"""Memory bars: what lies in memory while a model is trained, one bar a method (or a rank), one colour a part.
+
+    full    |weights|gradients|optimizer        |activ.|     2.5 GB
+            |///////|/////////|/////////////////|//////|     2.5 GB measured
+    qlora   |w|activ.|                                       0.5 GB
+
+The first bar of a name is what a formula predicts, the hatched one under it what was measured: a prediction nobody
+checked is a guess. Lessons: notebooks 05 and 07.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from minituner.errors import UsageError
+from minituner.viz.picture import PALETTE, Picture, frame, new_figure
+
+Parts = Mapping[str, float]  # part -> bytes, in the order drawn
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+
+
+def memory_bars(rows: Mapping[str, Parts], measured: Mapping[str, Parts] | None = None) -> Picture:
+    """Stacked bars of bytes: `rows` as predicted, `measured` hatched below the row of the same name.
+
+    Names may be in one of the two only. `data` has `rows` and `measured` (name -> part -> bytes), `totals` and
+    `measured_totals` (name -> bytes), and `parts` (in the order of their colours).
+
+    Raises:
+        UsageError: there is nothing to draw, or a part has a negative size.
+    """
+    predicted = {name: dict(parts) for name, parts in rows.items()}
+    seen = {name: dict(parts) for name, parts in (measured or {}).items()}
+    names = list(dict.fromkeys([*predicted, *seen]))
+    bars = [(name, kind) for name in names for kind in (predicted, seen) if name in kind]
+    parts = list(dict.fromkeys(part for name, kind in bars for part in kind[name]))
+    if not parts:
+        raise UsageError("memory_bars needs at least one row with at least one part")
+    for name, kind in bars:
+        if negative := [part for part, size in kind[name].items() if not size >= 0]:
+            raise UsageError(f"memory_bars: {name}: {negative[0]} is {kind[name][negative[0]]} bytes")
+    widest = max(sum(kind[name].values()) for name, kind in bars)
+    unit = unit_of(widest)
+    colours = {part: PALETTE[i % len(PALETTE)] for i, part in enumerate(parts)}
+    figure = new_figure(8, 1.1 + 0.34 * len(bars) + 0.12 * len(names))
+    axes = figure.add_subplot()
+    place, ticks = 0.0, []
+    for name in names:
+        kinds = [kind for kind in (predicted, seen) if name in kind]
+        ticks.append(place + 0.5 * (len(kinds) - 1))
+        for kind in kinds:
+            _draw(axes, place, kind[name], colours, unit, is_measured=kind is seen)
+            place += 1
+        place += 0.35
+    for part in parts:
+        axes.barh(0, 0, color=colours[part], label=part)
+    if seen:
+        axes.barh(0, 0, color="white", edgecolor="black", hatch="////", label="measured")
+    axes.set(yticks=ticks, yticklabels=names, xlabel=unit[1], xlim=(0, 1.16 * max(widest, 1) / unit[0]))
+    axes.invert_yaxis()
+    frame(axes, ("bottom",))
+    axes.tick_params(left=False)
+    figure.legend(loc="outside upper left", ncols=len(parts) + bool(seen), fontsize=8, frameon=False)
+    data = {
+        "rows": predicted,
+        "measured": seen,
+        "totals": {name: sum(values.values()) for name, values in predicted.items()},
+        "measured_totals": {name: sum(values.values()) for name, values in seen.items()},
+        "parts": parts,
+    }
+    said = {**data["measured_totals"], **data["totals"]}
+    return Picture(figure, data, "; ".join(f"{name} {as_text(said[name])}" for name in names))
+
+
+def unit_of(size: float) -> tuple[float, str]:
+    """The unit (bytes, name) in which `size` bytes are easy to read; decimal, as memory is sold and `doctor` says."""
+    return next(((factor, name) for factor, name in UNITS if size >= factor), UNITS[-1])
+
+
+def as_text(size: float) -> str:
+    """A number of bytes in words: `2.15 GB`."""
+    factor, name = unit_of(size)
+    value = size / factor
+    return f"{value:.3g} {name}" if value < 999.5 else f"{value:,.0f} {name}"
+
+
+def _draw(
+    axes: object, place: float, parts: Parts, colours: Mapping[str, str], unit: tuple[float, str], *, is_measured: bool
+) -> None:
+    start = 0.0
+    for part, size in parts.items():
+        style = {"hatch": "////", "alpha": 0.75} if is_measured else {}
+        axes.barh(place, size / unit[0], left=start, height=0.9, color=colours[part], edgecolor="white", **style)
+        start += size / unit[0]
+    words = as_text(sum(parts.values())) + (" measured" if is_measured else "")
+    axes.annotate(words, (start, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
