@@ -136,7 +136,7 @@ def assert_isolated(model: Any, implementation: str, vocab_size: int) -> float:
     was_training = model.training
     model.eval()
     try:
-        with _short_windows(model), no_outliers(model):
+        with _short_windows(model):
             packed = _packed_logits(model, implementation, [first, single, last], device)
             new_first = _packed_logits(model, implementation, [(first + 1) % vocab_size, single, last], device)
             new_last = _packed_logits(model, implementation, [first, single, (last + 1) % vocab_size], device)
@@ -223,24 +223,6 @@ def _short_windows(model: Any) -> Iterator[None]:
 
 def _config_of(module: torch.nn.Module) -> bool:
     return getattr(module, "config", None) is not None
-
-
-@contextmanager
-def no_outliers(model: Any) -> Iterator[None]:
-    """Within: 8-bit layers quantise each token by itself.
-
-    LLM.int8 keeps a column in half precision if *any* token of the batch is large there, so documents touch each other
-    through rounding, on purpose. The proof is about attention; without the threshold it stays exact.
-    """
-    states = [module.state for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
-    before = [state.threshold for state in states]
-    for state in states:
-        state.threshold = 0.0
-    try:
-        yield
-    finally:
-        for state, threshold in zip(states, before, strict=True):
-            state.threshold = threshold
 
 
 def computes_in(model: Any) -> torch.dtype:
