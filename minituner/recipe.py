@@ -192,7 +192,7 @@ class EvaluateSection(Section):
     every_steps: int | None = Field(
         100,
         ge=1,
-        description="Answer the prompts and measure eval_loss every so many steps, and at both ends; null: the ends only.",
+        description="Answer the prompts and measure eval_loss every so many steps and at both ends; null: at the ends.",
     )
     prompts: list[str] = Field(
         default_factory=lambda: ["Please introduce yourself."], description="Prompts answered during training."

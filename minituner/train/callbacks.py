@@ -1,7 +1,8 @@
 """Callbacks: what watches a run without being part of it.
 
     on_start(run)            before the first step
-    on_step(run, metrics)    after each optimizer step; metrics is one line of metrics.jsonl
+    on_metrics(run, metrics) after each optimizer step, before it may be saved; metrics is one line of metrics.jsonl
+    on_step(run, metrics)    after each optimizer step, when it is saved
     on_evaluation(run, m)    after the held-out loss was measured
     on_end(run)              after the last step
 
@@ -35,8 +36,11 @@ class Callback:
     def on_start(self, run: Run) -> None:
         """Before the first step."""
 
+    def on_metrics(self, run: Run, metrics: dict[str, Any]) -> None:
+        """After an optimizer step, before it may be saved: for what has to be quick, and must not miss a step."""
+
     def on_step(self, run: Run, metrics: dict[str, Any]) -> None:
-        """After an optimizer step."""
+        """After an optimizer step; if it was due for saving, it is saved."""
 
     def on_evaluation(self, run: Run, measured: dict[str, Any]) -> None:
         """After the held-out loss was measured: {"step", "eval_loss", "eval_tokens"}; before the first step too."""
@@ -57,8 +61,8 @@ class Metrics(Callback):
         self.stream = (run.run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.trackers = [open_tracker(name, run) for name in dict.fromkeys(run.recipe.log.to)]
 
-    def on_step(self, run: Run, metrics: dict[str, Any]) -> None:
-        """Write the step if it is due."""
+    def on_metrics(self, run: Run, metrics: dict[str, Any]) -> None:
+        """Write the step if it is due; before it is saved, or a kill right after a save would leave a gap."""
         if metrics["step"] % run.recipe.log.every_steps == 0 or metrics["step"] == run.total_steps:
             self._write(metrics)
 

@@ -198,6 +198,9 @@ def run_steps(run: Run, watchers: Sequence[Callback], stop: StopRequest) -> None
         run.trained_tokens += int(supervised)
         metrics = meter.line(mean_loss, rate, norm, sums)
         run.metrics.append(metrics)
+        with clock("callbacks"):
+            for watcher in watchers:
+                watcher.on_metrics(run, metrics)
         every = recipe.save.every_steps
         saving = run.step == run.total_steps or bool(stopping) or bool(every and run.step % every == 0)
         if saving:

@@ -1,61 +1,40 @@
-"""A chat session: it stops where training stopped, streams what it answers, and refuses what does not fit."""
+"""A chat session: it stops where training stopped, streams, can be interrupted, and shares its model with others."""
 
 from __future__ import annotations
 
-import builtins
-import json
-import sys
-from collections.abc import Iterator
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
 
 from minituner import chat
-from minituner.chat.session import ChatSession, _TextStream, open_session
-from minituner.chat.terminal import run as talk
-from minituner.cli import main
+from minituner.chat.loaded import LoadedModel
+from minituner.chat.session import Session, open_session
+from minituner.chat.settings import Settings
 from minituner.data.conversation import Message
 from minituner.errors import UsageError
-from minituner.model.generate import answer_text
-from minituner.train.loop import train
-from tests.tiny import tiny_folder, tiny_model, tiny_recipe, tiny_tokenizer
+from minituner.model.generate import answer_text, generate
+from tests.chat.conftest import ANSWER, OTHER_ANSWER, QUESTION
+from tests.tiny import tiny_model, tiny_tokenizer
 
-QUESTION, ANSWER = "你是谁？", "我是小图，你的助手！😀"
 TOKENIZER = tiny_tokenizer()
 
 
-def memorised(place: Path, model: Path, template: str) -> Path:
-    """The `hf/` folder of a model that has learned one answer by heart."""
-    turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-    data = place / "one.jsonl"
-    data.write_text(json.dumps({"messages": turns}, ensure_ascii=False) + "\n", encoding="utf-8")
-    recipe = tiny_recipe(
-        model,
-        data,
-        method={"name": "lora", "lora_rank": 16, "lora_alpha": 32},
-        data={"template": template, "max_length": 512},
-        train={"max_steps": 120, "gradient_accumulation_steps": 1, "learning_rate": 1e-2},
-        evaluate={"prompts": []},
-    )
-    return train(recipe, place / f"w-{template}", say=lambda line: None).hf
+def silent(_: str) -> None:
+    """Nobody listens."""
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Template -> hf folder; `internlm_chat` ends its answers with a text of several tokens here, `native` with one."""
-    place = tmp_path_factory.mktemp("chat")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINITUNER_HOME", str(place / "home"))
-        base = tiny_folder(place / "base")
-        folders = {name: memorised(place, base, name) for name in ("native", "internlm_chat")}
-        yield {"base": base, **folders}
+def small(**options: Any) -> Session:
+    """A session over an untrained tiny model, which never stops by itself before its 40 tokens."""
+    settings = options.pop("settings", Settings(max_new_tokens=40))
+    return Session(LoadedModel(tiny_model(), TOKENIZER), settings=settings, **options)
 
 
 @pytest.mark.parametrize("template", ["native", "internlm_chat"])
 def test_it_stops_on_the_trained_stop_and_streams_what_it_answers(template: str, trained: dict[str, Path]) -> None:
-    session = open_session(trained[template], max_new_tokens=100, say=lambda line: None)
+    session = open_session(trained[template], max_new_tokens=100, say=silent)
     assert session.template == template, "read from the folder"
     pieces: list[str] = []
     assert session.ask(QUESTION, stream=pieces.append) == ANSWER
@@ -63,150 +42,230 @@ def test_it_stops_on_the_trained_stop_and_streams_what_it_answers(template: str,
     assert len(pieces) >= 8, "it came bit by bit"
     assert not any("\ufffd" in piece for piece in pieces), "never half a character"
     assert session.messages == [Message("user", QUESTION), Message("assistant", ANSWER)]
-    assert chat(trained[template], QUESTION, max_new_tokens=100, say=lambda line: None) == ANSWER
+    assert chat(trained[template], QUESTION, max_new_tokens=100, say=silent) == ANSWER
 
 
 def test_an_answer_cut_in_the_middle_of_a_character_is_streamed_to_its_end(trained: dict[str, Path]) -> None:
-    session = open_session(trained["native"], max_new_tokens=4, say=lambda line: None)
+    session = open_session(trained["native"], max_new_tokens=4, say=silent)
     pieces: list[str] = []
     answer = session.ask(QUESTION, stream=pieces.append)
     assert "".join(pieces) == answer
     assert answer.startswith("我")
 
 
+def test_a_piece_is_shown_before_the_next_token_is_computed() -> None:
+    session = small()
+    computed = 0
+
+    def count(*_: Any) -> None:
+        nonlocal computed
+        computed += 1
+
+    session.model.register_forward_pre_hook(count)
+    shown = threading.Event()
+
+    def hold(*_: Any) -> None:
+        if computed >= 12:
+            assert shown.wait(60), "a dozen tokens were computed, and nothing was shown"
+
+    session.model.register_forward_pre_hook(hold)
+    reply = session.reply("Hi")
+    assert next(reply)
+    assert computed <= 12
+    shown.set()
+    assert "".join(reply)
+
+
 def test_the_history_grows_and_can_be_forgotten() -> None:
-    session = ChatSession(tiny_model(), TOKENIZER, system="Be kind.", max_new_tokens=3)
+    session = small(system="Be kind.", settings=Settings(max_new_tokens=3))
     empty = session.prompt_ids("b")
     session.ask("a")
     assert [m.role for m in session.messages] == ["user", "assistant"]
     longer = TOKENIZER.decode(session.prompt_ids("b"))
     assert longer.count("<|im_start|>") == 5, "system, a, its answer, b, the answer to come"
+    assert session.undo() == "a"
+    assert session.prompt_ids("b") == empty
+    assert session.undo() is None
+    session.ask("a")
     session.reset()
     assert session.prompt_ids("b") == empty
     assert "Be kind." in TOKENIZER.decode(empty), "the system text stays"
+    session.system = None
+    assert "Be kind." not in TOKENIZER.decode(session.prompt_ids("b"))
 
 
-def test_a_conversation_that_no_longer_fits_is_refused_and_not_kept() -> None:
-    session = ChatSession(tiny_model(), TOKENIZER, max_new_tokens=10)
+def test_a_message_that_does_not_fit_is_refused_and_not_kept() -> None:
+    session = small()
+    session.ask("a")
     with pytest.raises(UsageError, match="exceed 1024"):
         session.ask("长" * 400)
+    assert len(session.messages) == 2
+    assert session.first == 0, "nothing is dropped for a message that is not sent"
+
+
+@pytest.mark.parametrize("way", ["event", "callable", "close", "keyboard"])
+def test_an_interrupted_answer_ends_early_and_what_was_shown_is_kept(way: str) -> None:
+    session = small(settings=Settings(max_new_tokens=900))
+    whole = small(settings=Settings(max_new_tokens=60)).ask("Hi")
+    pieces: list[str] = []
+    event = threading.Event()
+
+    def seen(piece: str) -> None:
+        pieces.append(piece)
+        event.set()
+        if way == "keyboard":
+            raise KeyboardInterrupt
+
+    if way == "keyboard":
+        with pytest.raises(KeyboardInterrupt):
+            session.ask("Hi", stream=seen)
+    elif way == "close":
+        reply = session.reply("Hi")
+        seen(next(reply))
+        reply.close()
+    else:
+        session.ask("Hi", stream=seen, stop=event if way == "event" else event.is_set)
+    assert session.messages == [Message("user", "Hi"), Message("assistant", "".join(pieces))]
+    assert whole.startswith(pieces[0])
+    assert len("".join(pieces)) < 800
+    assert not any(thread.name == "answer" for thread in threading.enumerate()), "the weights are free again"
+    assert session.ask("And?", settings=Settings(max_new_tokens=2)) is not None
+
+
+def test_an_answer_stopped_before_it_began_leaves_nothing() -> None:
+    session = small()
+    assert session.ask("Hi", stop=lambda: True) == ""
     assert session.messages == []
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n<eoa>你")), max_size=40),
-    st.sampled_from([[], ["<eoa>"], ["\n\n", "<eoa>"]]),
-)
-def test_the_streamed_pieces_are_the_answer(text: str, stops: list[str]) -> None:
-    ids = TOKENIZER.encode(text, add_special_tokens=False)
+def test_an_error_of_the_model_is_raised_where_the_answer_is_read_and_keeps_nothing() -> None:
+    session = small()
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = session.model.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        session.ask("Hi")
+    hook.remove()
+    assert session.messages == []
+    assert session.ask("Hi")
+
+
+def test_one_session_answers_one_at_a_time() -> None:
+    session = small()
+    reply = session.reply("Hi")
+    next(reply)
+    with pytest.raises(UsageError, match="answering already"):
+        session.ask("And?")
+    reply.close()
+    assert session.ask("And?")
+
+
+def test_sessions_over_one_model_answer_at_once_and_never_mix(trained: dict[str, Path]) -> None:
+    """Different adapters, different histories, threads: each answer is what it is when alone."""
+    one = open_session(trained["base"], adapter=[trained["native"], trained["other"]], max_new_tokens=60, say=silent)
+    names = one.loaded.names
+    assert names == ["native", "other", "base"]
+    questions = [QUESTION, "Hi", QUESTION]
+
+    def talk(name: str) -> list[str]:
+        session = Session(one.loaded, adapter=name, settings=one.settings)
+        return [session.ask(question) for question in questions]
+
+    alone = {name: talk(name) for name in names}
+    assert (alone["native"][0], alone["other"][0]) == (ANSWER, OTHER_ANSWER)
+    assert alone["base"][0] not in (ANSWER, OTHER_ANSWER)
+    together: list[tuple[str, list[str]]] = []
+    threads = [threading.Thread(target=lambda n=name: together.append((n, talk(n)))) for name in names * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(together) == 6
+    assert all(answers == alone[name] for name, answers in together)
+
+
+def test_the_base_beside_an_adapter_is_the_base_itself_and_has_the_same_prompt(trained: dict[str, Path]) -> None:
+    session = open_session(trained["internlm_chat"], max_new_tokens=60, say=silent)
+    other = session.fork("base")
+    assert other.prompt_ids(QUESTION) == session.prompt_ids(QUESTION)
+    alone = open_session(trained["base"], template="internlm_chat", max_new_tokens=60, say=silent)
+    assert other.ask(QUESTION) == alone.ask(QUESTION)
+    assert session.messages == [], "a history of its own"
+    assert session.ask(QUESTION) == ANSWER, "the adapter is on again"
+    session.use("base")
+    assert session.template == "internlm_chat"
+    assert session.ask(QUESTION) != ANSWER
+    with pytest.raises(UsageError, match="no adapter 'bass'"):
+        session.use("bass")
+
+
+def test_draws_depend_on_the_seed_alone_and_without_one_on_nothing() -> None:
+    drawn = Settings(max_new_tokens=20, temperature=1.5, seed=7)
+    first = small(settings=drawn).ask("Hi")
+    again = small(settings=drawn)
+    torch.manual_seed(2)
+    state = torch.random.get_rng_state()
+    assert again.ask("Hi") == first
+    assert torch.equal(torch.random.get_rng_state(), state), "nobody else's random numbers change"
+    assert small(settings=drawn.changed(seed=8)).ask("Hi") != first
+    free = drawn.changed(seed=None)
+    once = small(settings=free).ask("Hi")  # the tiny model sets torch's seed to 0 each time
+    assert small(settings=free).ask("Hi") != once
+    greedy = drawn.changed(temperature=0.0)
+    assert small(settings=greedy).ask("Hi") == small(settings=greedy.changed(seed=1)).ask("Hi")
+    assert small(settings=drawn.changed(top_k=1)).ask("Hi") == small(settings=greedy).ask("Hi")
+    assert small(settings=greedy.changed(repetition_penalty=50.0)).ask("Hi") != small(settings=greedy).ask("Hi")
+
+
+def test_stop_words_end_an_answer_and_are_not_part_of_it(trained: dict[str, Path]) -> None:
+    session = open_session(trained["native"], max_new_tokens=100, stop_words=("你的", "never"), say=silent)
     pieces: list[str] = []
-    stream = _TextStream(TOKENIZER, ([258], stops), pieces.append)
-    for token in ids:
-        stream.put(token)
-    answer = answer_text(TOKENIZER, ids, ([258], stops))
-    stream.finish(answer)
-    assert "".join(pieces) == answer
-    assert not any(stop in answer for stop in stops)
+    assert session.ask(QUESTION, stream=pieces.append) == ANSWER.split("你的")[0]
+    assert "".join(pieces) == ANSWER.split("你的")[0]
+    whole = open_session(trained["native"], max_new_tokens=100, stop_words=("😀!",), say=silent)
+    assert whole.ask(QUESTION) == ANSWER, "the beginning of a stop word is text after all"
 
 
-def cli(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["minituner", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
+def test_stop_texts_end_generation_as_transformers_own_do() -> None:
+    """Row by row of a batch, against transformers' stop_strings, which is exact and slow to set up."""
+    from transformers import GenerationConfig
+
+    model = tiny_model()
+    model.config.use_cache = True
+    prompts = [TOKENIZER.encode(text) for text in ("Hi", "Who are you", "你好")]
+    free = generate(model, TOKENIZER, prompts, stop=([258], []), max_new_tokens=30)
+    text = answer_text(TOKENIZER, free[1], ([258], []))
+    word = next(text[i : i + 2] for i in range(4, len(text)) if "\ufffd" not in text[i : i + 2])
+    ours = generate(model, TOKENIZER, prompts, stop=([258], [word]), max_new_tokens=30)
+    assert len(ours[1]) < len(free[1])
+    for ids, mine in zip(prompts, ours, strict=True):
+        config = GenerationConfig(max_new_tokens=30, eos_token_id=258, pad_token_id=258, stop_strings=[word])
+        theirs = model.generate(torch.tensor([ids]), generation_config=config, tokenizer=TOKENIZER, do_sample=False)
+        wanted = answer_text(TOKENIZER, theirs[0, len(ids) :].tolist(), ([258], [word]))
+        assert answer_text(TOKENIZER, mine, ([258], [word])) == wanted
 
 
-def test_chat_prompt_prints_only_the_answer(
-    trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["chat", str(trained["native"]), "--prompt", QUESTION, "--max-new-tokens", "100"]
-    assert cli(arguments, monkeypatch) == 0
-    assert capsys.readouterr().out == ANSWER + "\n"
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("repetition_penalty", 0.0),
+        ("seed", -1),
+        ("stop_words", ("",)),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_before_anything_is_loaded(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=name.removesuffix("s").replace("_", ".")):
+        open_session("/nowhere", **{name: value})
 
 
-def test_a_base_and_its_adapter_can_be_given_apart(trained: dict[str, Path]) -> None:
-    session = open_session(trained["base"], adapter=trained["native"], max_new_tokens=100, say=lambda line: None)
-    assert session.ask(QUESTION) == ANSWER
-    with pytest.raises(UsageError, match="is an adapter itself"):
-        open_session(trained["native"], adapter=trained["native"])
-    with pytest.raises(UsageError, match="not an adapter folder"):
-        open_session(trained["base"], adapter=trained["base"])
-
-
-@pytest.mark.parametrize("layers", [1, 4], ids=["fewer layers", "more layers"])
-def test_an_adapter_of_a_model_of_another_shape_is_refused(
-    layers: int,
-    trained: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    other = tiny_folder(tmp_path / "other", layers=layers)
-    arguments = ["chat", str(other), "--adapter", str(trained["native"]), "--prompt", "Hi"]
-    assert cli(arguments, monkeypatch) == 2
-    said = capsys.readouterr()
-    assert "does not fit this model" in said.err
-    assert str(trained["base"]) in said.err, "the base it belongs to is named"
-    assert said.out == ""
-
-
-def test_an_adapter_of_another_base_of_the_same_shape_is_said_aloud(trained: dict[str, Path], tmp_path: Path) -> None:
-    said: list[str] = []
-    other = tiny_folder(tmp_path / "other", seed=5)
-    open_session(other, adapter=trained["native"], say=said.append)
-    assert any("other weights" in line and str(trained["base"]) in line for line in said)
-    said.clear()
-    open_session(trained["native"], say=said.append, dtype="bfloat16")
-    assert not any("other weights" in line for line in said), "the same base in another data type is the same base"
-
-
-def test_a_damaged_adapter_is_a_message(trained: dict[str, Path], tmp_path: Path) -> None:
-    import shutil
-
-    from minituner.errors import MinitunerError
-
-    broken = shutil.copytree(trained["native"], tmp_path / "broken")
-    (broken / "adapter_model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(MinitunerError, match="cannot read the adapter"):
-        open_session(broken, say=lambda line: None)
-    (broken / "adapter_model.safetensors").unlink()
-    with pytest.raises(MinitunerError, match="cannot read the adapter"):
-        open_session(broken, say=lambda line: None)
-
-
-def test_the_terminal_answers_forgets_and_leaves(
-    trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    session = open_session(trained["native"], max_new_tokens=100, say=lambda line: None)
-    typed = iter([QUESTION, "", "/reset", "长" * 400, QUESTION, "/exit", "never asked"])
-    monkeypatch.setattr(builtins, "input", lambda _: next(typed))
-    talk(session)
-    out = capsys.readouterr().out
-    assert out.count(f"assistant: {ANSWER}\n") == 2
-    assert "(forgotten)" in out
-    assert "exceed 1024" in out, "an error is shown and the conversation goes on"
-    assert next(typed) == "never asked"
-    assert len(session.messages) == 2
-
-
-def test_the_terminal_survives_ctrl_c_in_an_answer_and_ends_with_the_input(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    session = ChatSession(tiny_model(), TOKENIZER)
-
-    def interrupted(*_: object, **__: object) -> str:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(session, "ask", interrupted)
-    typed = iter(["Hi"])
-
-    def read(_: str) -> str:
-        try:
-            return next(typed)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr(builtins, "input", read)
-    talk(session)
-    assert "(stopped)" in capsys.readouterr().out
+def test_a_setting_that_does_not_exist_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="temperature"):
+        open_session("/nowhere", temprature=1.0)

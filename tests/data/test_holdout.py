@@ -90,7 +90,9 @@ def test_another_seed_draws_others_and_more_records_move_few(tmp_path: Path) -> 
     few = prepared(write_chats(tmp_path / "few.jsonl", 80), holdout=0.3)
     other = prepared(write_chats(tmp_path / "few.jsonl", 80), holdout=0.3, seed=7)
     more = prepared(write_chats(tmp_path / "more.jsonl", 88), holdout=0.3)
-    assert few.held_out and other.held_out and more.held_out
+    assert few.held_out is not None
+    assert other.held_out is not None
+    assert more.held_out is not None
     assert len(few.held_out.rows) == 24
     assert rows_of(few.held_out) != rows_of(other.held_out)
     stayed = len(texts(few.held_out) & texts(more.held_out))
@@ -112,7 +114,8 @@ def test_several_chunks_and_processes_give_the_same_choice(tmp_path: Path) -> No
     chats = write_chats(tmp_path / "c.jsonl", 2_100)  # three Arrow chunks
     one = prepared(chats, {"path": str(write_chats(tmp_path / "d.jsonl", 5))})
     two = prepared(chats, {"path": str(tmp_path / "d.jsonl")}, num_proc=2, cache=False)
-    assert one.held_out and two.held_out
+    assert one.held_out is not None
+    assert two.held_out is not None
     assert one.held_out.rows.tolist() == two.held_out.rows.tolist()
     assert one.ledger == two.ledger
     assert texts(one).isdisjoint(texts(one.held_out)), "the second file repeats records of the first"
