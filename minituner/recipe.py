@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from minituner.errors import UsageError, nearest
+from minituner.recipe_checks import contradictions
 from minituner.recipe_yaml import parse_overrides, read_yaml, set_value, to_yaml
 from minituner.train.zero import zero_name
 
@@ -268,13 +269,16 @@ class Recipe(Section):
         for key, value in parse_overrides(overrides):
             set_value(values, key, value)
         try:
-            return cls.model_validate(values)
+            recipe = cls.model_validate(values)
+            problems = [f"  {line}" for line in contradictions(recipe)]
         except ValidationError as error:
             problems = [_explain(item) for item in error.errors()]
+        if problems:
             raise UsageError(
                 f"{origin}: {len(problems)} problem{'s' if len(problems) != 1 else ''}\n" + "\n".join(problems),
                 fix="correct the values above (copy-cfg writes every field with its meaning)",
-            ) from None
+            )
+        return recipe
 
     def dump(self, path: str | Path | None = None) -> str:
         """The recipe as YAML; also written to `path` when given. Loads back to an equal object."""

@@ -233,3 +233,35 @@ log:     {every_steps: 1, to: []}
     defaults = Recipe.from_values({"model": {"name_or_path": "smollm2-135m-instruct"}, "data": {"sources": [
         {"path": "data/personal_assistant.json", "format": "openai"}]}})  # fmt: skip
     assert loaded == defaults, "it spells the defaults out"
+
+
+CONTRADICTIONS = {
+    "one mask for a packed row": (["model.attention=sdpa"], "would see each other"),
+    "one mask for several records": (
+        ["model.attention=eager", "data.packing=none", "train.per_device_batch_size=2"],
+        "micro-batch",
+    ),
+    "16-bit kernels": (["model.attention=varlen", "model.dtype=float32"], "16 bits"),
+    "4 bits in pieces": (["method.name=qlora", "distributed.zero=zero3"], "zero2"),
+    "DoRA in pieces": (["method.use_dora=true", "distributed.zero=deepspeed_zero3"], "DoRA"),
+    "rewriting a quantised base": (["method.name=qlora", "method.init_lora_weights=pissa"], "rewrites the base"),
+    "8-bit states in pieces": (["train.optimizer=adamw_8bit", "distributed.zero=zero1"], "adamw"),
+    "one mask for a shared row": (
+        ["model.attention=sdpa", "data.packing=none", "distributed.sequence_parallel_size=2"],
+        "shared rows",
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "said"), CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
+def test_settings_that_contradict_each_other_are_refused_with_the_change(overrides: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match="1 problem") as caught:
+        Recipe.load("smollm2_135m_instruct_lora_personal_assistant_e3", overrides)
+    assert said in str(caught.value)
+    assert "; take " in str(caught.value)
+
+
+def test_all_contradictions_are_in_one_message() -> None:
+    wrong = ["model.attention=sdpa", "method.name=qlora", "distributed.zero=zero3", "method.init_lora_weights=olora"]
+    with pytest.raises(UsageError, match="3 problems"):
+        Recipe.load("smollm2_135m_instruct_lora_personal_assistant_e3", wrong)

@@ -8,6 +8,7 @@ from minituner.data.prepare import prepare
 from minituner.model.loading import load_tokenizer
 from minituner.model.sources import fetch
 from minituner.recipe import Recipe
+from minituner.train.context import refuse_longer_than_model
 from minituner.train.feed import Feed
 
 
@@ -19,6 +20,7 @@ def dry_run(recipe: Recipe, say: Callable[[str], None] = print) -> None:
     prepared = prepare(recipe.data, tokenizer, seed=recipe.train.seed, say=say)
     for line in prepared.ledger.lines():
         say(line)
+    refuse_longer_than_model(prepared, recipe, folder)
     feed = Feed(prepared, recipe)
     say(f"{len(prepared.packs)} packs, {prepared.packs.fill:.1%} full; {feed.steps_per_epoch} steps an epoch")
     say(f"{feed.total_steps} optimizer steps in all; nothing was trained (--dry-run)")

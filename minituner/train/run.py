@@ -31,6 +31,7 @@ from minituner.model.residual import restore_start
 from minituner.model.sources import fetch
 from minituner.recipe import Recipe
 from minituner.train import checkpoint, sequence_parallel
+from minituner.train.context import refuse_longer_than_model
 from minituner.train.engines import Engine, TorchEngine, digest
 from minituner.train.feed import Feed
 from minituner.train.metrics import Meter
@@ -118,6 +119,7 @@ def set_up(
     ranks.assert_same("the prepared data", f"{prepared.folder.name} {packs_digest(prepared)}")
     if ranks.is_main:
         _say_data(recipe, prepared, run_dir, say)
+    refuse_longer_than_model(prepared, recipe, folder)
     torch.manual_seed(recipe.train.seed)
     single = recipe.data.packing == "none" and recipe.train.per_device_batch_size == 1
     model, attention, notes = load_model(folder, recipe.model, recipe.method, one_document_rows=single, device=device)
