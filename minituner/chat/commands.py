@@ -68,7 +68,7 @@ class Talk:
             hint = nearest(word, list(known))
             raise UsageError(
                 f"there is no command {word}",
-                fix=f"{hint + '; ' if hint else ''}/help lists all; a message may begin with a space and then /",
+                fix=f"{hint + ' ' if hint else ''}/help lists all; a space in front sends the line as a message",
             )
         return do(rest.strip())
 

@@ -87,8 +87,11 @@ class LoadedModel:
             elif not hasattr(self.model, "peft_config"):
                 yield self.model
             elif name == BASE:
-                with self.model.disable_adapter():
-                    yield self.model
+                try:
+                    with self.model.disable_adapter():
+                        yield self.model
+                finally:
+                    self.model.requires_grad_(False)  # peft leaves what it switches on again as if for training
             else:
                 if self.model.active_adapter != name:
                     self.model.set_adapter(name, inference_mode=True)

@@ -213,7 +213,7 @@ def refuse_own_code(folder: Path, trusted: bool) -> None:
     """
     if trusted:
         return
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING  # by its module's path, all folders of models would be listed first
 
     wanted: dict[str, str] = {}
     for file in ("config.json", "tokenizer_config.json"):
@@ -222,7 +222,7 @@ def refuse_own_code(folder: Path, trusted: bool) -> None:
         except (OSError, ValueError):
             continue  # loading says what is wrong with it
         own = values.get("auto_map")
-        if own and not (file == "config.json" and values.get("model_type") in CONFIG_MAPPING_NAMES):
+        if own and not (file == "config.json" and values.get("model_type") in CONFIG_MAPPING):
             wanted[file] = ", ".join(str(v) for v in own.values()) if isinstance(own, dict) else str(own)
     if "config.json" in wanted or (wanted and not (folder / "tokenizer.json").is_file()):
         code = sorted(path.name for path in folder.glob("*.py"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -90,6 +92,29 @@ def test_ctrl_c_stops_an_answer_or_nothing_and_the_end_of_the_input_leaves(
     assert "(system: none)" in out, "the chat went on"
     assert len(shown) == 2
     assert session.messages[-1].text == "".join(shown)
+
+
+def test_a_real_interrupt_signal_stops_the_answer_while_the_model_computes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sent from inside a forward pass, when the terminal does nothing but wait for the next token."""
+    session = small(max_new_tokens=900)
+    passes = 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    session.model.register_forward_pre_hook(interrupt)
+    typed(["Hi", "/again"], monkeypatch)
+    run(session)
+    out = capsys.readouterr().out
+    assert "(stopped)" in out
+    assert out.count("assistant: ") == 2, "the chat went on"
+    assert len(session.messages) == 2
+    assert 900 < passes < 1800, "the first answer ended early, the second did not"
 
 
 def test_lines_are_joined_and_a_space_in_front_sends_a_slash(monkeypatch: pytest.MonkeyPatch) -> None:

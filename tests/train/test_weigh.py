@@ -13,7 +13,6 @@ from minituner.train.weigh import held_bytes, weigh
 from minituner.train.zero_bytes import bytes_held
 from tests.tiny import tiny_folder, tiny_model, tiny_recipe, write_chats
 
-
 EVERYTHING = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 COPY = {"optimizer": 2.0}  # bytes per parameter: DeepSpeed's float32 copy of the half that a rank updates
 KEPT = {"weights": 4.0}  # stage 3: parameters as small as these also stay whole on every rank, unless told otherwise
