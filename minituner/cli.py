@@ -16,10 +16,12 @@ import typer
 
 from minituner.cli_catalog import catalog_app
 from minituner.cli_chat import chat_app
+from minituner.cli_convert import convert_app, parity_app
 from minituner.cli_data import data_app
 from minituner.cli_launch import launch_app
 from minituner.cli_migrate import migrate_app
 from minituner.cli_plan import bench_app, plan_app
+from minituner.cli_web import web_app
 from minituner.errors import MinitunerError
 
 app = typer.Typer(
@@ -29,9 +31,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="minituner: fine-tune language models, and see and prove that training is right.",
 )
-convert_app = typer.Typer(no_args_is_help=True, help="Turn checkpoints and adapters into folders for other programs.")
 app.add_typer(convert_app, name="convert")
+app.add_typer(parity_app)  # parity
 app.add_typer(chat_app)  # chat
+app.add_typer(web_app)  # web
 app.add_typer(catalog_app)  # list-cfg, list-models, copy-cfg
 app.add_typer(data_app)  # inspect, check, list-formats, list-templates, tokenize, data-order
 app.add_typer(migrate_app)  # import-cfg
@@ -124,33 +127,6 @@ def plot(
 
     facts = draw(work_dir, out)
     print(json.dumps(facts, ensure_ascii=False) if as_json else f"{facts['summary']}\n{facts['file']}")
-
-
-@convert_app.command("merge")
-def convert_merge(
-    adapter: Annotated[Path, typer.Argument(help="The hf/ folder of a LoRA run.")],
-    out: Annotated[Path, typer.Argument(help="Where the full model goes.")],
-    base: Annotated[str | None, typer.Option(help="The base model, if not the one training used.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-) -> None:
-    """Make an adapter part of its base model, and prove that both say the same."""
-    from minituner.export.merge import merge
-
-    merge(adapter, out, base=base, overwrite=overwrite)
-
-
-@convert_app.command("deepspeed")
-def convert_deepspeed(
-    folder: Annotated[Path, typer.Argument(help="A run's folder with `latest`, or one of its checkpoints.")],
-    out: Annotated[Path, typer.Argument(help="Where model.safetensors goes.")],
-    trust_checkpoint: Annotated[
-        bool, typer.Option("--trust-checkpoint", help="Read it although pickles can run code.")
-    ] = False,
-) -> None:
-    """Take the weights out of a checkpoint that DeepSpeed wrote (minituner's own need no conversion)."""
-    from minituner.train.deepspeed_checkpoint import convert_deepspeed_checkpoint
-
-    print(convert_deepspeed_checkpoint(folder, out, trust_checkpoint))
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "a file where the run should go": (["train", "r.yaml", "--work-dir", "r.yaml/w"], ["cannot write into --work-dir"]),
     "copy over a file": (["copy-cfg", "r.yaml", "."], ["tiny_copy.yaml exists", "--force"]),
     "copy into a file": (["copy-cfg", QUICKSTART, "r.yaml/x"], ["cannot write"]),
-    "wrong number": (["chat", "m", "--max-new-tokens", "0"], ["--max-new-tokens"]),
+    "wrong number": (["chat", "m", "--max-new-tokens", "0"], ["max_new_tokens", "1 or more"]),
 }
 
 

@@ -27,13 +27,16 @@ def write_beside(folder: Path, tokenizer: Any, facts: Mapping[str, Any], *, full
     """Write tokenizer, template, facts and card into `folder`; for a `full` model its stop ids too.
 
     Raises:
-        UsageError: no such template, or the tokenizer has none of its own.
+        UsageError: no such template.
     """
     template = facts.get("template") or "native"
     saved = with_trained_template(tokenizer, template)
     saved.save_pretrained(folder)
-    ids, texts = stop_rule(tokenizer, template)
-    if full:
+    if template != "native" or getattr(tokenizer, "chat_template", None):
+        ids, texts = stop_rule(tokenizer, template)
+    else:  # trained on plain text
+        ids, texts = [i for i in [tokenizer.eos_token_id] if i is not None], []
+    if full and ids:
         set_stop_ids(folder, ids)
     facts = {**facts, "stop_ids": ids, "stop_texts": texts}
     (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -52,7 +55,7 @@ def set_stop_ids(folder: Path, ids: list[int]) -> None:
 
 
 def training_facts(work_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """What a run says about itself up to a checkpoint: steps, tokens, data fingerprint, losses; empty where it is silent.
+    """What a run says about itself up to a checkpoint: steps, tokens, data fingerprint, losses.
 
     Args:
         checkpoint: the folder with state.json; None is no checkpoint.

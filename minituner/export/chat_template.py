@@ -1,6 +1,6 @@
 """A named template as a Jinja chat template: what training saw, for every program that reads `chat_template`.
 
-    internlm2_chat  ->  {%- for message in messages -%} ... {{ '<|im_start|>user\\n' + ... + '<|im_start|>assistant\\n' }}
+    internlm2_chat  ->  {%- for message in messages -%} ... {{- '<|im_start|>user\\n' + ns.users | join('\\n') + ...
 
 Training renders named templates in Python (data/templates.py); transformers, vLLM and LMDeploy know only Jinja. This
 writes the same rules down once more: systems and users in a row are joined, every answer gets its suffix, its end token
@@ -18,7 +18,6 @@ from typing import Any
 
 from minituner.data.encoding import own_bos
 from minituner.data.templates import NamedTemplate
-from minituner.errors import UsageError
 
 
 def jinja_of(template: NamedTemplate, bos_token: str | None = None) -> str:
@@ -45,7 +44,9 @@ def jinja_of(template: NamedTemplate, bos_token: str | None = None) -> str:
     front = "{{- bos_token -}}" if bos_token else ""
     return (
         "{%- if tools is defined and tools -%}"
-        f"{{{{- raise_exception({ascii(f'template {template.key} has no place for tools')}) -}}}}{{%- endif -%}}"
+        "{{- raise_exception("
+        + ascii(f"template {template.key} has no place for tools")
+        + ") -}}{%- endif -%}"
         + front
         + "{%- set ns = namespace(systems=[], users=[], round=1, system='') -%}"
         "{%- for message in messages -%}"
@@ -79,15 +80,12 @@ def _rounds(text: str) -> str:
 def with_trained_template(tokenizer: Any, template: str) -> Any:
     """The tokenizer as it is to be saved: a copy whose chat template is the one that was trained with.
 
+    A tokenizer without any, trained on plain text, stays as it is.
+
     Raises:
-        UsageError: no such template, or `native` and the tokenizer has none.
+        UsageError: no such template.
     """
     if template == "native":
-        if not getattr(tokenizer, "chat_template", None):
-            raise UsageError(
-                "the tokenizer has no chat template, so nobody could ask this model as it was trained",
-                fix="name the template of the training with its recipe (data.template)",
-            )
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     bos = tokenizer.bos_token if own_bos(tokenizer) is not None else None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minituner.errors import MinitunerError, UsageError
+from minituner.export.merge_in_memory import NotFileByFile
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,8 @@ class AdaptedLayers:
     """The adapter of a folder, ready to be merged weight by weight.
 
     Raises:
-        UsageError: it does not fit this model: its layers, shapes or tensors.
+        UsageError: it does not fit this model: its layers, shapes or tensors. NotFileByFile: it changes what is no
+            linear layer.
     """
 
     def __init__(self, skeleton: Any, adapter: Path) -> None:
@@ -58,17 +60,22 @@ class AdaptedLayers:
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
                 warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
                 warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
+                warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*")
                 model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
         except (OSError, SafetensorError) as error:
-            raise MinitunerError(f"cannot read the adapter {adapter}: {error}", fix="give a finished hf/ folder") from None
+            raise MinitunerError(
+                f"cannot read the adapter {adapter}: {error}", fix="give a finished hf/ folder"
+            ) from None
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise does_not_fit(adapter, " ".join(str(error).split())[:300]) from None
         wanted = {
             key: tuple(value.shape)
             for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+            if not key.endswith(".base_layer.weight")
         }
         # A copy of embedding and head, which peft saves where one of them is adapted: not trained, so not looked at.
-        spare = {PREFIX + self.embedding, PREFIX + self.head}
+        spare = {PREFIX + name for name in (self.embedding, self.head)}
+        spare |= {f"{name.removesuffix('.weight')}.base_layer.weight" for name in spare}
         wrong = sorted(
             {key for key in saved if key not in wanted and key not in spare}
             | {key for key, shape in wanted.items() if saved.get(key) != shape}
@@ -77,13 +84,11 @@ class AdaptedLayers:
             raise does_not_fit(adapter, f"{len(wrong)} tensors have no match between the two, {wrong[0]} first")
         layers = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
         self.adapted = {f"{name}.weight": m for name, m in layers.items() if getattr(m, "lora_A", None)}
-        odd = [name for name, m in layers.items() if getattr(m, "lora_embedding_A", None) or hasattr(m, "parameter_name")]
+        odd = [
+            name for name, m in layers.items() if getattr(m, "lora_embedding_A", None) or hasattr(m, "parameter_name")
+        ]
         if odd:
-            raise UsageError(
-                f"{adapter} adapts {odd[0]}, which is no linear layer",
-                why="only linear layers and modules trained in full are merged here",
-                fix="merge it with peft's merge_and_unload",
-            )
+            raise NotFileByFile(f"the adapter changes {odd[0]}, which is no linear layer")
         self.replaced = {key.removeprefix(PREFIX): key for key in wanted if "lora_" not in key}
 
     def changes(self, name: str) -> bool:

@@ -36,9 +36,7 @@ class QuantizedBase:
         )
         self.dtype = dtype
         self.layers = dict(
-            replace_with_bnb_linear(
-                skeleton, modules_to_not_convert=skip, quantization_config=config
-            ).named_modules()
+            replace_with_bnb_linear(skeleton, modules_to_not_convert=skip, quantization_config=config).named_modules()
         )
 
     def holds(self, name: str) -> bool:

@@ -15,6 +15,7 @@ Lesson: notebook 09.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,9 +29,14 @@ def fingerprint(model: Any) -> str | None:
 
     `KIND:SHAPES-VALUES` for a quantised one. float16 rounds differently than bfloat16, so it has none.
     """
+    return fingerprint_of(sorted(model.named_parameters()), model)
+
+
+def fingerprint_of(named: Iterable[tuple[str, torch.Tensor]], model: Any = None) -> str | None:
+    """The same for tensors that come one by one, sorted by name, as out of a folder; `model` for quantised ones."""
     shapes, samples = hashlib.sha256(), hashlib.sha256()
     kind = ""
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in named:
         tensors = [parameter]
         if parameter.dtype in (torch.uint8, torch.int8):
             kind = "4bit:" if parameter.dtype == torch.uint8 else "8bit:"

@@ -1,7 +1,8 @@
 """The `hf/` folder: an adapter or a full model, with tokenizer and chat template, for other programs to read.
 
 Beside the usual files lies `minituner.json`: the base model, template and system text, so that `minituner chat` asks
-the way training did. Lesson: notebook 09.
+the way training did. The tokenizer's chat template is the trained one, and README.md a model card (export/beside.py).
+Lesson: notebook 09.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from typing import Any
 import torch
 
 from minituner.errors import MinitunerError, UsageError
+from minituner.export.beside import FACTS, training_facts, write_beside
 from minituner.model.fingerprint import comparable, fingerprint
 from minituner.model.loading import quiet
 from minituner.model.residual import save_as_plain_lora
 from minituner.recipe import Recipe
 from minituner.train.checkpoint import resume_command
-
-FACTS = "minituner.json"
 
 
 def export(
@@ -48,7 +48,7 @@ def export(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write(model, tokenizer, aside, recipe, base_fingerprint, tensors)
+        _write(model, tokenizer, aside, recipe, base_fingerprint, tensors, folder.parent)
         _assert_whole(aside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
@@ -71,6 +71,7 @@ def _write(
     recipe: Recipe,
     base_fingerprint: str | None,
     tensors: Mapping[str, torch.Tensor] | None,
+    work_dir: Path,
 ) -> None:
     model.config.use_cache, before = True, model.config.use_cache  # off in training only; readers want their cache
     try:
@@ -79,19 +80,34 @@ def _write(
         save_as_plain_lora(model, aside)
     finally:
         model.config.use_cache = before
-    tokenizer.save_pretrained(aside)
-    readme = aside / "README.md"
-    if readme.exists():  # peft's card with its unfilled fields
-        readme.unlink()
-    facts = {
+    dtype = str(model.dtype).removeprefix("torch.")
+    facts = facts_for(recipe, base_fingerprint, dtype, training_facts(work_dir, newest_checkpoint(work_dir)))
+    write_beside(aside, tokenizer, facts, full=recipe.method.name == "full")
+
+
+def facts_for(
+    recipe: Recipe, base_fingerprint: str | None, dtype: str | None, training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `minituner.json` says: how the model was trained and wants to be asked."""
+    return {
         "recipe": recipe.name,
         "base": recipe.model.name_or_path,
         "base_fingerprint": base_fingerprint,
         "method": recipe.method.name,
         "template": recipe.data.template,
         "system": recipe.data.system,
+        "dtype": dtype,
+        "prompts": recipe.evaluate.prompts,
+        "prompts_system": recipe.evaluate.system,
+        "training": dict(training),
+        "recipe_yaml": recipe.dump(),
     }
-    (aside / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def newest_checkpoint(work_dir: Path) -> Path | None:
+    """The checkpoint that a run's `latest` names, if there is one."""
+    pointer = work_dir / "latest"
+    return work_dir / "checkpoints" / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
 
 
 def _assert_whole(folder: Path) -> None:

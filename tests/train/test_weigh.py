@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minituner.train.ranks import Ranks
 from minituner.train.spawn import on_ranks
 from minituner.train.weigh import held_bytes, weigh
 from minituner.train.zero_bytes import bytes_held
@@ -20,10 +21,10 @@ KEPT = {"weights": 4.0}  # stage 3: parameters as small as these also stay whole
 
 @pytest.mark.parametrize(
     ("zero", "stage", "more"),
-    [(None, 0, {}), ("zero2", 2, COPY), ("zero3", 3, {**COPY, **KEPT}), ("all.json", 3, COPY)],
+    [("zero2", 2, COPY), ("zero3", 3, {**COPY, **KEPT}), ("all.json", 3, COPY)],
 )
 def test_two_ranks_hold_what_the_formula_says(
-    zero: str | None, stage: int, more: dict[str, float], tmp_path: Path, own_home: Path
+    zero: str, stage: int, more: dict[str, float], tmp_path: Path, own_home: Path
 ) -> None:
     model = tiny_folder(tmp_path / "model", tie=False)
     parameters = sum(p.numel() for p in tiny_model(tie=False).parameters())
@@ -35,6 +36,16 @@ def test_two_ranks_hold_what_the_formula_says(
         for part, size in bytes_held(parameters, 2, stage).items():
             # DeepSpeed fills its pieces up to equal, aligned lengths.
             assert held[part] == pytest.approx(size + more.get(part, 0) * parameters, rel=0.01), part
+
+
+def test_without_zero_a_rank_holds_sixteen_bytes_a_parameter(tmp_path: Path, own_home: Path) -> None:
+    model = tiny_folder(tmp_path / "model", tie=False)
+    recipe = tiny_recipe(model, write_chats(tmp_path / "chats.jsonl"), method={"name": "full"}).model_dump()
+    held = weigh(Ranks(), recipe)
+    parameters = list(tiny_model(tie=False).parameters())
+    steps = 4 * len(parameters)  # AdamW's count of its steps, a number for each parameter
+    formula = bytes_held(sum(p.numel() for p in parameters), 1, 0)
+    assert {part: held[part] for part in formula} == {**formula, "optimizer": formula["optimizer"] + steps}
 
 
 def test_memory_is_counted_once_however_many_views_there_are() -> None:
