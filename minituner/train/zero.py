@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 
 PREFIX = "deepspeed_"  # the ancestor's names for the same: --deepspeed deepspeed_zero2
 CPU = {"device": "cpu"}
+# DeepSpeed sets a buffer of this many numbers aside on every rank; its default of 500 million is 2 GB in float32.
+BUCKET = {"reduce_bucket_size": 50_000_000}
 PRESETS: dict[str, dict[str, Any]] = {
-    "zero1": {"stage": 1},
-    "zero2": {"stage": 2},
-    "zero2_offload": {"stage": 2, "offload_optimizer": CPU},
-    "zero3": {"stage": 3},
-    "zero3_offload": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
+    "zero1": {"stage": 1, **BUCKET},
+    "zero2": {"stage": 2, **BUCKET},
+    "zero2_offload": {"stage": 2, **BUCKET, "offload_optimizer": CPU},
+    "zero3": {"stage": 3, **BUCKET},
+    "zero3_offload": {"stage": 3, **BUCKET, "offload_optimizer": CPU, "offload_param": CPU},
 }
 
 
