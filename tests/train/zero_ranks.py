@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from minituner.train import checkpoint
+from minituner.train.zero import PRESETS
 from tests.train.processes import Process, finish_all, rank_environments
 
-FINE = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
+FINE = {**PRESETS["zero3"], "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
 
 
 def finely_cut(folder: Path) -> str:
