@@ -13,10 +13,10 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["MinitunerError", "Recipe", "chat", "train"]
+__all__ = ["MinitunerError", "Recipe", "chat", "estimate", "train"]
 
 # `train` and `chat` are packages that can be called like the function they are named after (see their __init__).
-_HOME = {"Recipe": "minituner.recipe", "MinitunerError": "minituner.errors"}
+_HOME = {"Recipe": "minituner.recipe", "MinitunerError": "minituner.errors", "estimate": "minituner.plan.estimate"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
-"""Commands about the machine: `minituner doctor`, `minituner bench data`.
+"""Commands about the machine and the plan: `minituner doctor`, `minituner estimate`, `minituner bench data`.
 
     minituner doctor                         what is here, what each gap disables, the command that mends it
     minituner doctor --json --network        the same for programs; the model hub is asked too
+    minituner estimate RECIPE --gpus 8 --card a100-80gb     memory and time before anything is spent
     minituner bench data > figures.json      progress goes to stderr, the figures to stdout
 
 Each is thin and calls a function that a notebook can call too; heavy imports live inside. Lesson: notebook 04.
@@ -31,6 +32,37 @@ def doctor(
     print(json.dumps(found.values, indent=2, ensure_ascii=False) if as_json else found)
     if not found.can_train:
         raise typer.Exit(1)
+
+
+@plan_app.command()
+def estimate(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (minituner list-cfg) or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes, each key.path=value.", metavar="[KEY=VALUE]...")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Devices of a node.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory of a device: 24GB (24e9 bytes) or 24GiB.")] = None,
+    card: Annotated[str | None, typer.Option(help="A GPU by name, e.g. a100-80gb: its memory and its rate.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; --gpus counts ranks on a CPU.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Run three real steps here, and take their rate.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a recipe will hold and how long it will take, and what to change when it does not fit; loads no weights."""
+    from minituner.plan.estimate import estimate as plan
+    from minituner.recipe import Recipe
+
+    planned = plan(
+        Recipe.load(recipe, overrides or ()),
+        gpus=gpus,
+        nodes=nodes,
+        gpu_memory=gpu_memory,
+        card=card,
+        device=device,
+        probe=probe,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(json.dumps(planned.values, indent=2, ensure_ascii=False) if as_json else planned)
 
 
 @bench_app.callback()

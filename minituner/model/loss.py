@@ -43,6 +43,13 @@ def loss_sum(model: Any, batch: Batch, implementation: str, head: Head | None = 
     targets = batch.shift_labels[0, keep]
     if not len(keep):
         keep = keep.new_zeros(1)
+    return loss_at(model, batch, implementation, head, keep, targets)
+
+
+def loss_at(
+    model: Any, batch: Batch, implementation: str, head: Head | None, keep: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """The same where the positions with a target are known already: `keep` (S,), and their `targets` (S,) or none."""
     if head is not None:
         hidden = head.hidden(batch, implementation)[keep]
         return head.loss_sum(hidden, targets) if len(targets) else hidden.float().sum() * 0.0
