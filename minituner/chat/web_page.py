@@ -184,8 +184,11 @@ class Handlers:
         return self._shown(visitor, self.gr.update(value="", submit_btn="Send", stop_btn=False), "")
 
     def system_of(self, adapter: str, text: str) -> str:
-        """The system text that `adapter` was trained with, unless the visitor has written another."""
-        usual = {name: self.host.first_system(name) for name in self.host.loaded.names}
+        """The system text that `adapter` was trained with, unless the visitor has written another.
+
+        The base keeps the text of the adapter before it: the same prompt, so that the difference is the adapter's.
+        """
+        usual = {name: self.host.first_system(name) for name in self.host.loaded.names if name != BASE}
         return usual.get(adapter, text) if text in usual.values() else text
 
     def _refused(self, visitor: Visitor, text: str, error: MinitunerError) -> tuple[Any, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from minituner.chat.line import Line, LineFull
-from minituner.chat.loaded import LoadedModel
+from minituner.chat.loaded import LoadedModel, Voice
+from minituner.chat.web_page import Handlers
 from minituner.chat.web_visitor import Host, Visitor
 from minituner.errors import UsageError
 from tests.chat.web_site import PATIENCE, TOKENS, House, dialogue
@@ -146,6 +148,29 @@ def test_both_sides_answer_with_histories_of_their_own(house: House) -> None:
     visitor.send("Five")
     finish(visitor)
     assert len(visitor.bubbles()) == 1
+
+
+def test_a_side_that_is_done_is_shown_once_while_the_other_answers(house: House) -> None:
+    visitor = Visitor(house.host)
+    house.gate.hold(TOKENS + 5)
+    for _ in visitor.send("Hi", compare=True).updates():
+        base, tuned = visitor.bubbles()
+        if len(tuned) == 2:
+            assert base == dialogue(["Hi"], [visitor.turn.answers[0]])
+            assert len(base[1]["content"]) == TOKENS
+            house.gate.open()
+    assert visitor.bubbles() == [dialogue(["Hi"], house.alone("Hi", adapter=name)) for name in ("base", "tuned")]
+
+
+def test_each_adapter_s_system_text_is_offered_unless_another_was_written(house: House) -> None:
+    voice = Voice("native", None, house.loaded.tokenizer)
+    house.loaded.voices = {"kind": replace(voice, system="Be kind."), "plain": voice, "base": voice}
+    handlers = Handlers(None, house.host)
+    assert handlers.system_of("plain", "Be kind.") == ""
+    assert handlers.system_of("kind", "") == "Be kind."
+    assert handlers.system_of("kind", "Mine.") == "Mine."
+    for text in ("Be kind.", "", "Mine."):
+        assert handlers.system_of("base", text) == text, "the base is asked as the adapter before it was"
 
 
 def test_again_is_the_same_greedy_answer_and_new_chat_forgets(house: House) -> None:
