@@ -142,7 +142,8 @@ def estimate(
     if recipe.method.name in ("qlora", "int8_lora"):
         names = [name for name in names if not name.startswith("zero3")]
     stages = {name: plans.parts(recipe, work.fullest, name) for name in names}
-    sizes, flops = plans.sizes(recipe), plans.flops(recipe, work)
+    # A probe's rate is in model FLOPs, which do not count what is computed twice; a card's counts every operation.
+    sizes, flops = plans.sizes(recipe), plans.flops(recipe, work, recompute=not probe)
     seen = None
     if probe:
         from minituner.plan.probe import real_steps
@@ -220,11 +221,11 @@ class Plans:
         """Parameters and bytes of the model with its method."""
         return Sizes.of(self._paper(recipe), eight_bit=recipe.train.optimizer == "adamw_8bit")
 
-    def flops(self, recipe: Recipe, work: Workload) -> float | None:
-        """Model FLOPs of the whole run, recomputation included."""
+    def flops(self, recipe: Recipe, work: Workload, *, recompute: bool) -> float | None:
+        """Model FLOPs of the whole run; with `recompute`, also what activation checkpointing does a second time."""
         if work.tokens is None:
             return None
-        recompute = recipe.train.activation_checkpointing
+        recompute = recompute and recipe.train.activation_checkpointing
         return self._paper(recipe).flops.of(work.tokens, work.supervised, work.pairs, recompute=recompute)
 
     def _paper(self, recipe: Recipe) -> Any:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from minituner.plan.activations import Paper, Rehearsal
 from minituner.train.engines import BUCKET
+from minituner.train.zero import PRESETS
 from minituner.train.zero_bytes import bytes_held
 
 PARTS = (
@@ -38,8 +39,8 @@ STAGES: dict[str, tuple[int, bool]] = {
     "zero3": (3, False),
     "zero3_offload": (3, True),
 }
-# DeepSpeed's defaults: numbers whose gradients travel in one message, and whose weights stage 3 keeps gathered.
-REDUCE_BUCKET, MAX_LIVE = 500_000_000, 1_000_000_000
+# Numbers whose gradients travel in one message by our presets, and whose weights stage 3 keeps gathered by default.
+REDUCE_BUCKET, MAX_LIVE = PRESETS["zero2"]["reduce_bucket_size"], 1_000_000_000
 # Resident before a model is there: Python, torch, transformers, peft, datasets; DeepSpeed and a process group.
 # Measured: see the calibration in README.md. On a GPU it lies in main memory, and is not counted.
 PROGRAM, PROGRAM_DEEPSPEED = 0.55e9, 0.65e9
@@ -116,8 +117,11 @@ def rank_bytes(
     if on_cpu:
         # The C library keeps what activations gave back (pieces below 32 MB) for more of their kind; gradients and
         # messages come on top of them, and the two moments are one.
-        if sizes.adapters:
-            backward["fragments"] = FRAGMENTS * step.peak["activations"] + sizes.unpacked_bytes
+        # So it is with what only passes through: layers before they were quantised, gradients before they are cut, and
+        # weights that stage 3 gathers for the forward pass and again for the backward pass.
+        passing = whole * (number > 0) + sizes.unpacked_bytes
+        passing += (sizes.frozen_bytes + whole) * _live(sizes) * (number == 3)
+        backward["fragments"] = passing + FRAGMENTS * step.peak["activations"] * sizes.adapters
         return {part: max(backward.get(part, 0.0), update.get(part, 0.0)) for part in PARTS}
     worst = max(backward, update, key=lambda parts: sum(parts.values()))
     return {part: worst.get(part, 0.0) for part in PARTS}
@@ -142,6 +146,10 @@ def _fixed(sizes: Sizes, number: int, offload: bool, world_size: int) -> dict[st
     # Beside AdamW's averages DeepSpeed keeps a float32 copy of what this rank updates.
     optimizer = bytes_held(sizes.trained, world_size, number)["optimizer"] + 4.0 * sizes.trained / world_size
     if number == 3:
-        live = min(1.0, MAX_LIVE / sizes.parameters)
-        weights = weights / world_size * (not offload) + weights * live
+        weights = weights / world_size * (not offload) + weights * _live(sizes)
     return {"weights": weights, "optimizer": 0.0 if offload else optimizer}
+
+
+def _live(sizes: Sizes) -> float:
+    """The share of the weights that stage 3 has gathered at a time."""
+    return min(1.0, MAX_LIVE / sizes.parameters)

@@ -5,7 +5,7 @@
     qlora   |w|activ.|                                       0.5 GB
 
 The first bar of a name is what a formula predicts, the hatched one under it what was measured: a prediction nobody
-checked is a guess. Lessons: notebooks 05 and 07.
+checked is a guess. Lessons: notebooks 05, 07 and 08.
 """
 
 from __future__ import annotations

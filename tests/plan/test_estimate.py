@@ -250,3 +250,15 @@ def test_command_line(
     assert values["peak_bytes"] == pytest.approx(sum(values["parts"].values()))
     text = CliRunner().invoke(app, ["estimate", str(tmp_path / "r.yaml"), "train.num_epochs=1", "--device", "cpu"])
     assert "memory of one rank at its worst moment" in text.stdout
+
+
+def test_gpu_plans_have_no_program_and_offload_moves_to_the_host(
+    model_folder: Path, chats: Path, own_home: Path
+) -> None:
+    recipe = tiny_recipe(model_folder, chats, method={"name": "full"}, distributed={"zero": "zero2_offload"})
+    plan = estimate(recipe, gpus=2, card="l40s")
+    assert plan.parts["program"] == plan.parts["fragments"] == plan.parts["optimizer"] == 0
+    assert plan.host == pytest.approx(16 * plan.trained / 2)
+    assert plan.stages["zero2"]["optimizer"] == pytest.approx(12 * plan.trained / 2)
+    # the bucket of our presets is set aside whole, however small the model
+    assert plan.parts["communication"] == 4 * 50_000_000
