@@ -39,7 +39,7 @@ def test_the_tutorial_from_list_cfg_to_chat(place: Path) -> None:
     steps = {
         "list": (["list-cfg", "-p", "internlm2_1_8b_qlora_alpaca"], [NAME]),
         "copy": (["copy-cfg", NAME, "."], [copied]),
-        "estimate": (["estimate", copied, *own], ["trainable"]),
+        "estimate": (["estimate", copied, *own], ["are trained", "fits"]),
         "check": (["check", copied, *own], ["13"]),
         "train": (["train", copied, *own, "train.max_steps=2"], ["step 2/2", "qlora"]),
         "resume": (["train", copied, *own, "train.max_steps=4", "--resume", "auto"], ["step 4/4"]),

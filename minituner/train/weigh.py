@@ -64,9 +64,11 @@ def held_bytes(engine: Engine, model: Any) -> dict[str, int]:
 
 def _new_bytes(tensors: Iterable[torch.Tensor | None], seen: set[int]) -> int:
     """Bytes of the storages under these tensors that are not in `seen`, and puts them there."""
+    from torch._subclasses.fake_tensor import FakeTensor  # what `minituner estimate` plans with has no memory either
+
     total = 0
     for tensor in tensors:
-        if tensor is None or tensor.device.type == "meta":
+        if tensor is None or tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
             continue
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
