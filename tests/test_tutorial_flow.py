@@ -43,7 +43,7 @@ def test_the_tutorial_from_list_cfg_to_chat(place: Path) -> None:
         "check": (["check", copied, *own], ["13"]),
         "train": (["train", copied, *own, "train.max_steps=2"], ["step 2/2", "qlora"]),
         "resume": (["train", copied, *own, "train.max_steps=4", "--resume", "auto"], ["step 4/4"]),
-        "export": (["convert", "pth_to_hf", copied, f"work_dirs/{NAME}", "exported"], []),
+        "export": (["convert", "pth_to_hf", f"work_dirs/{NAME}/recipe.yaml", f"work_dirs/{NAME}", "exported"], []),
         "merge": (["convert", "merge", "internlm2-1_8b", adapter, "merged", "--base", "dequantized"], []),
         "chat": (["chat", "merged", "--prompt", "你好", "--max-new-tokens", "4"], []),
     }
