@@ -58,7 +58,7 @@ def test_a_stop_saves_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_happene
 def test_a_stop_while_data_is_prepared_leaves_nothing_half_done(
     number: signal.Signals, status: int, said: str, model_folder: Path, tmp_path: Path
 ) -> None:
-    big = write_chats(tmp_path / "big.jsonl", count=8_000)
+    big = write_chats(tmp_path / "big.jsonl", count=24_000)  # long enough to be stopped in on a busy machine
     recipe = tiny_recipe(model_folder, big, train={"max_steps": 1})
     recipe.dump(tmp_path / "r.yaml")
     command = Command(["train", "r.yaml", "--work-dir", "w"], tmp_path)
@@ -72,7 +72,7 @@ def test_a_stop_while_data_is_prepared_leaves_nothing_half_done(
     status, output = run_command(["train", "r.yaml", "--work-dir", "w"], tmp_path)
     assert status == 0, output
     assert "found in the cache" not in output
-    assert "8,000 records" in output
+    assert "24,000 records" in output
 
 
 def test_a_kill_while_data_is_prepared_is_not_taken_for_prepared_data(model_folder: Path, tmp_path: Path) -> None:
