@@ -140,9 +140,9 @@ class _Folder:
 
     def _statement(self, node: ast.stmt) -> None:
         if isinstance(node, ast.Import):
-            self.config.imports |= {
-                (a.asname or a.name.split(".")[0]): (a.asname and a.name) or a.name for a in node.names
-            }
+            # `import a.b` binds a; `import a.b as c` binds a.b.
+            self.config.imports |= {a.asname: a.name for a in node.names if a.asname}
+            self.config.imports |= {(top := a.name.split(".")[0]): top for a in node.names if not a.asname}
         elif isinstance(node, ast.ImportFrom):
             place = node.module or ""
             self.config.imports |= {(a.asname or a.name): f"{place}.{a.name}".strip(".") for a in node.names}
@@ -156,9 +156,7 @@ class _Folder:
             before = self._fold(ast.copy_location(ast.Name(node.target.id, ast.Load()), node))
             value = self._binary(type(node.op), before, self._fold(node.value), node)
             self._assign(node.target, value, node.lineno)
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            pass  # a docstring or a comment in quotes
-        elif not isinstance(node, ast.Pass):
+        elif not (isinstance(node, ast.Pass) or _is_text(node)):
             self.config.unread.append(self._unread(node))
 
     def _assign(self, target: ast.expr, value: Any, line: int) -> None:
@@ -327,6 +325,11 @@ class _Folder:
         except (RecursionError, MemoryError, ValueError, IndexError):
             text = type(node).__name__
         return Unread(text, line)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    """True for a docstring, or a comment in quotes."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _opaque(value: Any) -> bool:

@@ -28,6 +28,7 @@ def read(tmp_path: Path, text: str) -> dict[str, Any]:
         ("x = -3", -3),
         ("a = 'd'\nx = f'{a}/train-{1 + 1}.json'", "d/train-2.json"),
         ("import os.path as osp\nx = osp.join('a', 'b')", "a/b"),
+        ("import os.path\nx = os.path.join('a', 'b')", "a/b"),
         ("a, b = 1, [2, 3]\nx = b + [a]", [2, 3, 1]),
         ("x = 4\nx *= 3", 12),
         ("x = 1 if 2 > 1 and not False else 9", 1),
