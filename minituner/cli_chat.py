@@ -14,26 +14,21 @@ from typing import Annotated
 
 import typer
 
+from minituner.cli_options import Adapters, Bits, Dtype, Model, System, Template, TrustRemoteCode
+
 chat_app = typer.Typer()
 
 
 @chat_app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="An hf/ folder, a model's folder, or a catalog name.")],
+    model: Model,
     prompt: Annotated[str | None, typer.Option(help="Ask this once and leave.")] = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="An adapter to put on MODEL, NAME=FOLDER or FOLDER; several: repeat it.")
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt-template", "--template", help="native, or a key of list-templates (default: the training's)."
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option(help='System text (default: the training\'s; "" for none).')] = None,
+    adapter: Adapters = None,
+    template: Template = None,
+    system: System = None,
     system_template: Annotated[str | None, typer.Option(help="A system text of list-templates, by its key.")] = None,
-    bits: Annotated[int | None, typer.Option(help="4 or 8: hold the base quantised.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    bits: Bits = None,
+    dtype: Dtype = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")] = 0.9,
@@ -42,7 +37,7 @@ def chat(
     stop_words: Annotated[list[str] | None, typer.Option(help="A text that ends an answer (repeatable).")] = None,
     seed: Annotated[int | None, typer.Option(help="Draw the same answers each time.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Base and tuned model answer side by side.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model, exactly the way it was trained."""
     from minituner.errors import UsageError

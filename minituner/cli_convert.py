@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from minituner.cli_options import TrustRemoteCode
 from minituner.errors import UsageError
 
 convert_app = typer.Typer(no_args_is_help=True, help="Turn checkpoints and adapters into folders for other programs.")
@@ -22,7 +23,6 @@ parity_app = typer.Typer()
 Dtype = Annotated[str | None, typer.Option(help="fp16, bf16 or fp32 (default: as it is).")]
 ShardSize = Annotated[str, typer.Option(help="Largest file: 2GB, 500MB, 1GiB.")]
 Force = Annotated[bool, typer.Option("--force", "--overwrite", help="Replace OUT if it exists.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
 
 
 @convert_app.command("to-hf")

@@ -14,29 +14,24 @@ from typing import Annotated
 
 import typer
 
+from minituner.cli_options import Adapters, Bits, Dtype, Model, System, Template, TrustRemoteCode
+
 web_app = typer.Typer()
 
 
 @web_app.command()
 def web(
-    model: Annotated[str, typer.Argument(help="An hf/ folder, a model's folder, or a catalog name.")],
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="An adapter to put on MODEL, NAME=FOLDER or FOLDER; several: repeat it.")
-    ] = None,
+    model: Model,
+    adapter: Adapters = None,
     host: Annotated[str, typer.Option(help="Address to listen at; any but this machine's own needs a token.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.", min=1, max=65535)] = None,
     share_token: Annotated[str | None, typer.Option(help="Let in only who knows this password.")] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt-template", "--template", help="native, or a key of list-templates (default: the training's)."
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option(help='System text (default: the training\'s; "" for none).')] = None,
-    bits: Annotated[int | None, typer.Option(help="4 or 8: hold the base quantised.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    template: Template = None,
+    system: System = None,
+    bits: Bits = None,
+    dtype: Dtype = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Answers begin at this length, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="Where the slider begins; 0 is greedy.")] = 0.0,
     compare: Annotated[
@@ -45,7 +40,7 @@ def web(
     longest_answer: Annotated[int, typer.Option(help="The most tokens a visitor may ask for.")] = 1024,
     longest_message: Annotated[int, typer.Option(help="The most characters a visitor may send.")] = 8000,
     waiting: Annotated[int, typer.Option(help="How many messages may wait, the one being answered included.")] = 16,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model in the browser, exactly the way it was trained."""
     from minituner.chat.web import check_address, check_gradio, serve

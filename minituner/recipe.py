@@ -23,6 +23,9 @@ from minituner.recipe_checks import contradictions
 from minituner.recipe_yaml import parse_overrides, read_yaml, set_value, to_yaml
 from minituner.train.zero import zero_name
 
+# What options may call the data types of `model.dtype`.
+SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
 
 class Section(BaseModel):
     """A group of settings; unknown keys are refused, and assignment is checked like loading."""

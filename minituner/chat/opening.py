@@ -18,9 +18,9 @@ from typing import Any
 
 from minituner.chat.loaded import BASE, TUNED, LoadedModel, Voice
 from minituner.errors import MinitunerError, UsageError, nearest
+from minituner.recipe import SHORT_DTYPES
 
 METHOD_OF_BITS = {None: "lora", 4: "qlora", 8: "int8_lora"}
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "qwen.tiktoken")
 
 
@@ -133,11 +133,12 @@ class Loader:
     """Loads models alike: one data type, one number of bits, one answer to code of the model's own."""
 
     def __init__(self, dtype: str = "auto", bits: int | None = None, trust_remote_code: bool = False) -> None:
-        self.dtype, self.bits, self.trust_remote_code = DTYPES.get(dtype, dtype), bits, trust_remote_code
-        known = ("auto", *DTYPES.values())
+        self.dtype, self.bits, self.trust_remote_code = SHORT_DTYPES.get(dtype, dtype), bits, trust_remote_code
+        known = ("auto", *SHORT_DTYPES.values())
         if self.dtype not in known:
             raise UsageError(
-                f"--dtype {dtype} is unknown", fix=nearest(dtype, [*known, *DTYPES]) or f"one of {', '.join(known)}"
+                f"--dtype {dtype} is unknown",
+                fix=nearest(dtype, [*known, *SHORT_DTYPES]) or f"one of {', '.join(known)}",
             )
         if bits not in METHOD_OF_BITS:
             raise UsageError(f"--bits {bits}", why="a base is quantised to 4 or 8 bits", fix="--bits 4, or --bits 8")

@@ -26,6 +26,7 @@ from minituner.export.merge_in_memory import NotFileByFile, merge_in_memory
 from minituner.export.new_folder import check_free, new_folder
 from minituner.export.shards import DEFAULT, Kind, parse_size, write_shards
 from minituner.export.weights import Weights, read_config, refuse_remote_code
+from minituner.recipe import SHORT_DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 Into = Literal["full", "dequantized"]
 Say = Callable[[str], None]
 QUANTIZED = ("qlora", "int8_lora")
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def merge(
@@ -187,9 +187,9 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     """
     if name is None:
         return None
-    long = DTYPES.get(name, name)
-    if long not in DTYPES.values():
-        raise UsageError(f"--dtype {name} is unknown", fix=f"one of {', '.join(DTYPES)}")
+    long = SHORT_DTYPES.get(name, name)
+    if long not in SHORT_DTYPES.values():
+        raise UsageError(f"--dtype {name} is unknown", fix=f"one of {', '.join(SHORT_DTYPES)}")
     return _torch(long)
 
 
