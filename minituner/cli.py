@@ -131,6 +131,16 @@ def plot(
 
 def main() -> None:
     """The console script: run the command, turn errors into messages and exit codes."""
+    try:
+        _main()
+    except SystemExit as stop:
+        ranks = sys.modules.get("minituner.train.ranks")
+        if ranks and isinstance(stop.code, int | None):
+            ranks.end_process(stop.code or 0)
+        raise
+
+
+def _main() -> None:
     debug = "--debug" in sys.argv[1:]  # it may stand anywhere; sys.argv keeps it, for the ranks of `train`
     try:
         app([argument for argument in sys.argv[1:] if argument != "--debug"])

@@ -13,12 +13,15 @@ for what will never come. Alone, every method answers at once and torch.distribu
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +43,7 @@ class Ranks:
     def __init__(self, world: World | None = None, device: str = "cpu", stop: StopRequest | None = None) -> None:
         self.world, self.device, self.stop = world or World(), torch.device(device), stop or StopRequest()
         self._numbers: Any = None
+        self.before_leaving: list[Callable[[], object]] = []  # what holds a group, letting go of it
 
     @property
     def rank(self) -> int:
@@ -86,9 +90,14 @@ class Ranks:
         return self
 
     def leave(self) -> None:
-        """Close the connections."""
+        """Close the connections, and let go of every group: the last to do so ends its threads."""
+        for forget in self.before_leaving:
+            forget()
+        self.before_leaving.clear()
         if self.together and dist.is_initialized():
             dist.destroy_process_group()
+        self._numbers = None
+        gc.collect()  # a group may hang in a cycle with the run that used it
 
     @contextmanager
     def contact(self) -> Iterator[None]:
@@ -236,6 +245,22 @@ class Ranks:
             error = MinitunerError(f"rank {self.rank} stops because rank {first} failed")
         error.exit_code, error.said_elsewhere = status, not self.is_main or status not in (75, 130)
         return error
+
+
+def end_process(status: int) -> NoReturn:
+    """Leave this process with `status`: exit handlers run, output is flushed, Python is not taken down.
+
+    A thread of gloo's that still frees a message while Python goes down kills a process whose work was done: "terminate
+    called without an active exception", exit status 134 (https://github.com/pytorch/pytorch/pull/179291). DeepSpeed's
+    hooks keep their group, and so its threads, to the end. Slurm and torchrun go by the status.
+    """
+    try:
+        atexit._run_exitfuncs()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed, or nobody reads it any more
+                stream.flush()
+        os._exit(status)
 
 
 def own_gpu(local_rank: int, gpus: int, environment: Mapping[str, str]) -> int:

@@ -102,6 +102,7 @@ def set_up(model: Any, implementation: str, recipe: Recipe, ranks: Ranks, say: C
     group = _own_group(ranks, size)
     core = AttentionInterface()[implementation]
     AttentionInterface.register(ULYSSES, UlyssesAttention(core, implementation, group, size))
+    ranks.before_leaving.append(lambda: AttentionInterface.register(ULYSSES, core))  # transformers' table has no end
     model.set_attn_implementation(ULYSSES)
     if model.config._attn_implementation != ULYSSES:  # transformers only warns
         _refuse(size, [f"{type(model).__name__} does not take its attention from transformers' AttentionInterface"])

@@ -203,8 +203,9 @@ def test_what_is_written_stays_text(people: list[Person], house: House, text: st
 
 
 def test_what_a_model_writes_stays_text_too(people: list[Person], house: House) -> None:
-    ada, said = people[0], "<script>window.hit = 1</script><b>bold</b>"
+    ada, said = people[0], "<b><script>h=1</script>"
     ids = iter([*house.loaded.tokenizer(said).input_ids, house.loaded.tokenizer.eos_token_id])
+    assert len(said) < TOKENS  # else the answer is cut
 
     def dictate(_: Any, __: Any, output: Any) -> Any:
         output.logits[..., -1, :] = 0
@@ -213,9 +214,6 @@ def test_what_a_model_writes_stays_text_too(people: list[Person], house: House) 
 
     hook = house.loaded.model.register_forward_hook(dictate)
     try:
-        ada.page.click("#settings button")
-        ada.page.fill("#settings input[type=number] >> nth=0", "60")
-        ada.page.press("#settings input[type=number] >> nth=0", "Tab")
         ada.send("Hello")
         ada.sees(f"#chat {BOT}", said)
     finally:

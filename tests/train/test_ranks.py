@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -16,9 +18,11 @@ from minituner.model import attention
 from minituner.model.loss import loss_sum
 from minituner.recipe import TrainSection
 from minituner.train import checkpoint
+from minituner.train.callbacks import Callback
 from minituner.train.engines import TorchEngine
 from minituner.train.launch import world_of
 from minituner.train.ranks import Ranks, own_gpu
+from minituner.train.run import Run
 from tests.tiny import tiny_model, tiny_recipe, write_chats
 from tests.train.processes import Command, Process, finish_all, rank_environments, ranks_of
 
@@ -281,3 +285,68 @@ def test_if_any_starts_from_the_beginning_once_and_is_an_error_when_all_are_dama
     (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
     with pytest.raises(MinitunerError, match="--resume if-any: no whole checkpoint"):
         checkpoint.find(tmp_path, "if-any", said.append)
+
+
+def groups_alive() -> int:
+    """How many of gloo's groups have a thread in this process."""
+    return sum((task / "comm").read_text().strip() == "gloo_tcp_loop" for task in Path("/proc/self/task").iterdir())
+
+
+class SeesThreads(Callback):
+    def on_start(self, run: Run) -> None:
+        assert groups_alive(), "the threads have another name now: this test sees nothing"
+
+
+def trains_and_leaves(recipe: str) -> None:
+    from minituner.train.loop import train
+
+    train(recipe, "w", callbacks=[SeesThreads()])
+    assert groups_alive() == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc on Linux only")
+def test_no_connection_outlives_its_run(model_folder: Path, tmp_path: Path) -> None:
+    chats = write_chats(tmp_path / "chats.jsonl", count=8)
+    tiny_recipe(model_folder, chats, train={"max_steps": 1}).dump(tmp_path / "r.yaml")
+    ranks = [
+        Process(trains_and_leaves, "r.yaml", cwd=tmp_path, environment=environment)
+        for environment in rank_environments()
+    ]
+    statuses, output = finish_all(ranks)
+    assert statuses == [0, 0], output
+
+
+LEAVES = """
+import atexit, sys, threading
+from minituner.train.ranks import end_process
+class Last:
+    def __del__(self): print("python was taken down")
+last = Last()
+atexit.register(print, "exit handler")
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+print("without a line end", end="")
+end_process(75)
+"""
+
+
+def test_a_rank_leaves_with_its_status_and_its_output_but_not_through_pythons_end() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (75, "without a line endexit handler\n"), done
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["r.yaml"], 0), (["r.yaml", "--resume", "auto"], 2)])
+def test_the_command_leaves_through_it(arguments: list[str], status: int, model_folder: Path, tmp_path: Path) -> None:
+    chats = write_chats(tmp_path / "chats.jsonl", count=8)
+    tiny_recipe(model_folder, chats, train={"max_steps": 1}).dump(tmp_path / "r.yaml")
+    script = """
+import minituner.train.ranks as ranks
+leave = ranks.end_process
+ranks.end_process = lambda status: (print("left", status), leave(status))
+from minituner.cli import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == status, done
+    assert done.stdout.splitlines()[-1] == f"left {status}"
