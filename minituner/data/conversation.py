@@ -31,6 +31,7 @@ class Message:
     `content` is text, or a list of parts (`{"type": "text", "text": ...}`; images are kept for later rooms). None is a
     null that `strict_xtuner` passes on, as XTuner does; the default never makes one.
     `loss` says whether an assistant message is trained; None leaves it to the recipe's `loss_on`.
+    `ids` are a `text` message's tokens where the file has them already (`formats_tokenized.py`).
     `need_eos_token` and `sep` are XTuner's per-turn settings; None leaves them to the template.
     """
 
@@ -43,6 +44,7 @@ class Message:
     tool_call_id: str | None = None
     need_eos_token: bool | None = None
     sep: str | None = None
+    ids: list[int] | None = None
 
     @property
     def text(self) -> str:
@@ -73,6 +75,11 @@ class Conversation:
     def is_text(self) -> bool:
         """True for a pre-training document."""
         return bool(self.messages) and all(message.role == "text" for message in self.messages)
+
+    @property
+    def is_tokenized(self) -> bool:
+        """True for a document that came as token ids."""
+        return bool(self.messages) and all(message.ids is not None for message in self.messages)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The messages as plain dictionaries for a chat template."""

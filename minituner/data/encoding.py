@@ -117,6 +117,8 @@ def encode_many(
 
     def pieces(index: int) -> list[_Piece]:
         try:
+            if conversations[index].is_tokenized:
+                return _known_pieces(conversations[index], tokenizer)
             if bos_policy == "xtuner":
                 from minituner.data.xtuner_encoding import xtuner_pieces
 
@@ -185,6 +187,14 @@ def own_bos(tokenizer: Any) -> int | None:
     if not isinstance(bos, int):
         return None
     return bos if list(tokenizer.encode("a", add_special_tokens=True))[:1] == [bos] else None
+
+
+def _known_pieces(conversation: Conversation, tokenizer: Any) -> list[_Piece]:
+    """A document that came as ids: nothing is added to it."""
+    from minituner.data.formats_tokenized import check_vocabulary
+
+    check_vocabulary(conversation, len(tokenizer))
+    return [_Piece("text" if m.loss else "prompt", bool(m.loss), ids=m.ids) for m in conversation.messages]
 
 
 def _is_text(document: list[_Piece]) -> bool:

@@ -18,6 +18,7 @@ from minituner.data import formats_columns as columns
 from minituner.data import formats_messages as messages
 from minituner.data import formats_strict as strict
 from minituner.data.conversation import Conversation
+from minituner.data.formats_tokenized import tokenized
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,14 @@ _TABLE = (
         {"text": "Once upon a time there was a gradient."},
         "a document for pre-training: no roles, no template",
         strict=strict.pretrain,
+    ),
+    Format(
+        "tokenized",
+        tokenized,
+        ("input_ids",),
+        {"input_ids": [1, 4093, 19556, 2], "labels": [-100, -100, 19556, 2]},
+        "token ids: input_ids with labels, InternEvo's signed tokens, or a folder of its .bin files",
+        optional=("labels", "attention_mask", "tokens", "zero_trained"),
     ),
     Format(
         "oasst1",

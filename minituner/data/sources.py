@@ -58,10 +58,12 @@ def locate(location: str, split: str = "train") -> Source:
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return Source(location, rows=_from_disk(path, split))
-        return Source(location, _folder(path, split))
+        return Source(location, rows=_from_bin(path)) if _is_tokenized(path) else Source(location, _folder(path, split))
+    if path.is_file() and path.suffix == ".bin":
+        return Source(location, rows=_from_bin(path))
     if path.is_file():
         if not is_data_file(path):
-            why = f"known are {', '.join(TEXT_SUFFIXES)} (also with .gz) and .parquet"
+            why = f"known are {', '.join(TEXT_SUFFIXES)} (also with .gz), .parquet and .bin"
             raise DataError(f"{location}: unknown kind of data file", why=why, fix="rename or convert the file")
         return Source(location, [path])
     # `data/tpyo` is a slip in a path when there is a folder `data`; `owner/name` without one is a hub data set.
@@ -120,6 +122,19 @@ def _folder(folder: Path, split: str) -> list[Path]:
             f"{folder}: no files of the split {split!r}", why=f"splits found: {found}", fix="name one of them"
         )
     return [folder / name for name in chosen]
+
+
+def _is_tokenized(folder: Path) -> bool:
+    """Whether it holds InternEvo's files: `.bin` beside `.bin.meta`."""
+    return next(folder.rglob("*.bin.meta"), None) is not None
+
+
+def _from_bin(path: Path) -> Iterable[Any]:
+    """The samples of InternEvo's tokenised files, as rows of input_ids and labels."""
+    from minituner.data.tokenized import load_tokenized
+
+    data = load_tokenized(path)
+    return (data[index] for index in range(len(data)))
 
 
 def _from_disk(path: Path, split: str) -> Iterable[Any]:

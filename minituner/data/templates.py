@@ -145,7 +145,8 @@ def render_named(
     """Segments under a named template, turn by turn as XTuner does: system + instruction, output + suffix, sep.
 
     Departs from XTuner where it loses text: several system or user messages in a row are joined with a newline (XTuner:
-    the last one, or with nothing), and a user message without an answer is kept as prompt.
+    the last one, or with nothing), and a user message without an answer is kept as prompt. A tool's result stands where
+    the user's text does: these templates know two sides, and the result comes from the other one.
 
     Raises:
         DataError: a message holds what the template has no place for: tool calls, images, thinking.
@@ -161,7 +162,7 @@ def render_named(
         _check_named(message, template)
         if message.role == "system":
             systems.append(message.text)
-        elif message.role == "user":
+        elif message.role in ("user", "tool"):
             inputs.append(message.text)
         else:
             segments.append(Segment(prompt(), False))
@@ -178,7 +179,7 @@ def render_named(
 
 def _check_named(message: Message, template: NamedTemplate) -> None:
     """Refuse what a named template would lose."""
-    if message.role not in ("system", "user", "assistant"):
+    if message.role not in ("system", "user", "assistant", "tool"):
         what = f"{message.role!r} messages"
     elif message.tool_calls:
         what = "tool calls"

@@ -55,7 +55,7 @@ def jinja_of(template: NamedTemplate, bos_token: str | None = None) -> str:
         "{%- else -%}{%- set text = message['content'] | selectattr('text', 'defined') | map(attribute='text') "
         "| join -%}{%- endif -%}"
         "{%- if message['role'] == 'system' -%}{%- set ns.systems = ns.systems + [text] -%}"
-        "{%- elif message['role'] == 'user' -%}{%- set ns.users = ns.users + [text] -%}"
+        "{%- elif message['role'] in ['user', 'tool'] -%}{%- set ns.users = ns.users + [text] -%}"
         "{%- elif message['role'] == 'assistant' -%}"
         + prompt
         + "{{- text + "

@@ -171,14 +171,14 @@ def _data(config: Config, out: Imported) -> None:
     folder = at(data, "train_folder") or config.values.get("TRAIN_FOLDER")
     source: dict[str, Any] = {
         "path": folder if isinstance(folder, str) and folder else "data/tokenized",
-        "format": "auto",
+        "format": "tokenized",
     }
     out.values.setdefault("data", {})["sources"] = [source]
     weights = at(data, "dataset_weights")
     out.leave(
         f"data.train_folder = {short(folder)}",
-        "name the records in data.sources; a folder of .bin files is read by load_tokenized (Python)",
-        "changed",
+        "data.sources.0, a folder of .bin files (format tokenized); for text, name its format instead",
+        "carried",
     )
     if weights is not None:
         out.leave(

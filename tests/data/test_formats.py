@@ -85,7 +85,7 @@ def test_strict_moss_trains_what_mosssftdataset_trains() -> None:
 def test_strict_has_no_format_that_xtuner_lacks() -> None:
     with pytest.raises(UsageError, match="XTuner has no 'sharegpt'"):
         to_conversation(FORMATS["sharegpt"].example, "sharegpt", strict_xtuner=True)
-    assert [name for name, entry in FORMATS.items() if entry.strict is None] == ["sharegpt"]
+    assert [name for name, entry in FORMATS.items() if entry.strict is None] == ["sharegpt", "tokenized"]
 
 
 def test_data_is_never_executed(tmp_path: Any) -> None:

@@ -93,7 +93,6 @@ def test_a_system_text_without_a_place_is_refused() -> None:
     [
         (Message("assistant", "", tool_calls=[{"function": {"name": "f"}}]), "tool calls"),
         (Message("assistant", "a", reasoning_content="hm"), "reasoning_content"),
-        (Message("tool", "3"), "'tool' messages"),
         (Message("text", "3"), "'text' messages"),
         (Message("user", [{"type": "image", "image": "a.png"}]), "images"),
     ],
@@ -101,6 +100,14 @@ def test_a_system_text_without_a_place_is_refused() -> None:
 def test_what_would_be_lost_is_refused(message: Message, what: str) -> None:
     with pytest.raises(DataError, match=what):
         render(Conversation([Message("user", "a"), message, Message("assistant", "b")]), "qwen_chat")
+
+
+def test_a_tools_result_is_read_where_the_users_text_is() -> None:
+    """A catalog recipe trains MOSS and MSAgent under its model's template; XTuner gives results as system texts."""
+    asked, call, told, answer = Message("user", "rain?"), Message("assistant", "Action:weather"), "no", "It is dry."
+    with_tool = [asked, call, Message("tool", told), Message("assistant", answer)]
+    with_user = [asked, call, Message("user", told), Message("assistant", answer)]
+    assert render(Conversation(with_tool), "qwen_chat") == render(Conversation(with_user), "qwen_chat")
 
 
 def trained(conversation: Conversation, loss_on: str) -> list[tuple[str, str]]:

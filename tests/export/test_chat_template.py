@@ -47,7 +47,7 @@ def exported(template: str, bos: bool) -> Any:
 @given(
     st.sampled_from(sorted(load("templates"))),
     st.booleans(),
-    st.lists(st.tuples(st.sampled_from(["system", "user", "user", "assistant"]), TEXT), min_size=1, max_size=6),
+    st.lists(st.tuples(st.sampled_from(["system", "user", "user", "tool", "assistant"]), TEXT), min_size=1, max_size=6),
 )
 def test_it_gives_the_ids_of_training_and_of_chat(template: str, bos: bool, turns: list) -> None:
     messages = [Message(role, text) for role, text in turns if role != "system" or template != "minicpm"]
@@ -69,7 +69,7 @@ def test_what_a_template_has_no_place_for_is_an_error() -> None:
     user = {"role": "user", "content": "x"}
     for template, messages, tools in (
         ("minicpm", [{"role": "system", "content": "s"}, user], None),
-        ("qwen_chat", [{"role": "tool", "content": "s"}, user], None),
+        ("qwen_chat", [{"role": "critic", "content": "s"}, user], None),
         ("qwen_chat", [user], [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
     ):
         with pytest.raises(TemplateError, match="no place for"):
