@@ -1,5 +1,5 @@
 """`python -m minituner` is the command line."""
 
-from minituner.cli import main
+from minituner.cli import console
 
-main()
+console()

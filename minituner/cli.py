@@ -129,10 +129,10 @@ def plot(
     print(json.dumps(facts, ensure_ascii=False) if as_json else f"{facts['summary']}\n{facts['file']}")
 
 
-def main() -> None:
-    """The console script: run the command, turn errors into messages and exit codes."""
+def console() -> None:
+    """The console script: `main` in a process of its own, which a run leaves without Python's teardown."""
     try:
-        _main()
+        main()
     except SystemExit as stop:
         ranks = sys.modules.get("minituner.train.ranks")
         if ranks and isinstance(stop.code, int | None):
@@ -140,7 +140,8 @@ def main() -> None:
         raise
 
 
-def _main() -> None:
+def main() -> None:
+    """Run the command of `sys.argv`; errors become messages and exit codes."""
     debug = "--debug" in sys.argv[1:]  # it may stand anywhere; sys.argv keeps it, for the ranks of `train`
     try:
         app([argument for argument in sys.argv[1:] if argument != "--debug"])

@@ -342,8 +342,8 @@ def test_the_command_leaves_through_it(arguments: list[str], status: int, model_
 import minituner.train.ranks as ranks
 leave = ranks.end_process
 ranks.end_process = lambda status: (print("left", status), leave(status))
-from minituner.cli import main
-main()
+from minituner.cli import console
+console()
 """
     done = subprocess.run(
         [sys.executable, "-c", script, "train", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
