@@ -125,15 +125,23 @@ def convert_split(
 
 
 @convert_app.command("check")
-def convert_check(folder: Annotated[Path, typer.Argument(help="A full model's folder.")]) -> None:
-    """Check what vLLM, LMDeploy and transformers read: classes, weights, tokenizer, chat template, stop ids."""
-    from minituner.export.serving import serving_problems
+def convert_check(
+    folder: Annotated[Path, typer.Argument(help="A full model's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print what is read for programs.")] = False,
+) -> None:
+    """Show what transformers, transformers serve, vLLM and LMDeploy read of a folder; exit 1 if something is wrong."""
+    import json
+    from dataclasses import asdict
 
-    if problems := serving_problems(folder):
-        for line in problems:
-            print(line)
+    from minituner.export.serving import table, what_servers_read
+
+    readings = what_servers_read(folder)
+    if as_json:
+        print(json.dumps([asdict(reading) for reading in readings], ensure_ascii=False))
+    else:
+        print("\n".join(table(readings)))
+    if any(reading.problem for reading in readings):
         raise typer.Exit(1)
-    print(f"{folder}: architecture, weights, tokenizer, chat template and stop ids are as servers read them")
 
 
 @convert_app.command("deepspeed")

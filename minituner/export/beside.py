@@ -67,6 +67,8 @@ def training_facts(work_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
         plan = state.get("plan", {})
         facts = {"steps": state.get("step"), "supervised_tokens": state.get("trained_tokens")}
         facts["data"] = {key: plan.get(key) for key in ("prepared data", "packs")}
+        if plan.get("injected"):
+            facts["injected"] = plan["injected"]
     last_step = facts.get("steps") or math.inf
     for log in sorted(work_dir.glob("runs/*/metrics.jsonl")):
         for line in log.read_text(encoding="utf-8").splitlines():
@@ -87,6 +89,7 @@ def model_card(facts: Mapping[str, Any], *, full: bool) -> str:
     front = {"base_model": str(facts.get("base")), "library_name": "transformers" if full else "peft"}
     front |= {"pipeline_tag": "text-generation"}
     rows = [
+        ("INJECTED FAULT", training.get("injected")),
         ("base model", facts.get("base")),
         ("base fingerprint", facts.get("base_fingerprint")),
         ("method", facts.get("method")),
@@ -109,6 +112,8 @@ def model_card(facts: Mapping[str, Any], *, full: bool) -> str:
         asked.append(f"* and with the texts {json.dumps(facts['stop_texts'], ensure_ascii=False)}: name them as stop")
     lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()), "---", ""]
     lines += [f"# {facts.get('recipe') or 'model'}", "", f"A {kind}, trained with minituner.", ""]
+    if fault := training.get("injected"):
+        lines += [f"**Wrong on purpose: trained with the injected fault `{fault}` (`minituner museum {fault}`).**", ""]
     lines += ["## How to ask it", "", *asked, "", "## How it was trained", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows if value is not None]
     if facts.get("recipe_yaml"):

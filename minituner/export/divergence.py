@@ -60,15 +60,22 @@ def measure(
     tokenizer: Any,
     say: Callable[[str], None],
     trust_remote_code: bool = False,
+    force: bool = False,
 ) -> Divergence:
     """Compare a merged folder with its adapter on the quantised base it was trained on; each is in memory alone.
 
+    Args:
+        force: go on although the base has other weights than that of the training.
+
     Raises:
-        UsageError: the adapter does not fit the base. MinitunerError: a folder cannot be loaded.
+        UsageError: the adapter does not fit the base, or the base has other weights. MinitunerError: a folder cannot be
+            loaded.
     """
     import torch
 
     from minituner.data.encoding import stop_rule
+    from minituner.export.merge_layers import other_weights
+    from minituner.model.fingerprint import comparable, fingerprint
     from minituner.model.generate import generate
     from minituner.model.loading import load_model
     from minituner.recipe import MethodSection, ModelSection
@@ -92,7 +99,12 @@ def measure(
             rows = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0] for row in ids]
         return torch.cat(rows).float().cpu()
 
-    trained = put_adapter_on(load(base, str(facts["method"])), adapter, say).eval()
+    quantised = load(base, str(facts["method"]))
+    trained_on, this = facts.get("base_fingerprint"), fingerprint(quantised)
+    if comparable(trained_on, this) and trained_on != this:
+        other_weights(adapter, facts, this, force, say)
+    trained = put_adapter_on(quantised, adapter, lambda line: None, base_fingerprint=this).eval()
+    del quantised
     rule = stop_rule(tokenizer, template)
     answers = [generate(trained, tokenizer, [p], stop=rule, max_new_tokens=ANSWER_TOKENS)[0] for p in prompts]
     ids = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]

@@ -118,7 +118,7 @@ def merge(
         facts |= {"base": facts.get("base") or str(base or base_of(adapter)), "merged": {"base": into}}
         write_beside(aside, tokenizer, facts, full=True)
         if method in QUANTIZED:
-            facts["merged"] |= _check_divergence(
+            facts["merged"] |= check_divergence(
                 folder, adapter, aside, {**facts, "dtype": held}, tokenizer, into, force_merge, say, trust_remote_code
             )
             write_beside(aside, tokenizer, facts, full=True)
@@ -224,7 +224,7 @@ def _check_base(
     say: Say,
 ) -> None:
     """Refuse a base with other shapes or weights than the training had."""
-    from minituner.export.merge_layers import does_not_fit
+    from minituner.export.merge_layers import does_not_fit, other_weights
     from minituner.model.fingerprint import comparable, fingerprint_of
 
     known, trained_on = set(in_file), facts.get("base_fingerprint")
@@ -242,14 +242,7 @@ def _check_base(
         return
     if trained_on.split("-")[0] != this.split("-")[0]:
         raise does_not_fit(adapter, "this model's weights have other names or shapes than the base of the training")
-    what = f"{adapter} was trained on a base with other weights than this one"
-    if not force:
-        raise UsageError(
-            what,
-            why=f"fingerprint {trained_on} then, {this} now: the answers would be nonsense",
-            fix=f"use the base it was trained on ({facts.get('base')}), or --force-merge if you know better",
-        )
-    say(f"careful: {what} (fingerprint {trained_on} then, {this} now)")
+    other_weights(adapter, facts, this, force, say)
 
 
 def comparable_type(tensor: torch.Tensor) -> bool:
@@ -283,7 +276,7 @@ def _write_config(
         shutil.copy(base / "generation_config.json", aside / "generation_config.json")
 
 
-def _check_divergence(
+def check_divergence(
     folder: Path,
     adapter: Path,
     aside: Path,
@@ -297,7 +290,7 @@ def _check_divergence(
     """Measure a merge of a quantised training, say it, and refuse one that undoes the training."""
     from minituner.export.divergence import THRESHOLD, measure
 
-    found = measure(folder, adapter, aside, facts, tokenizer, say, trust_remote_code)
+    found = measure(folder, adapter, aside, facts, tokenizer, say, trust_remote_code, force)
     text = (
         f"KL(merged || adapter on its own base) {found.kl:.3g}, the adapter's own effect {found.effect:.3g} nats a"
         f" token over {found.tokens} tokens: ratio {found.ratio:.3g}"

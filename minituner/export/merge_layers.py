@@ -10,6 +10,7 @@ merged layer is compared with the unmerged one on random inputs before it leaves
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,3 +188,22 @@ def does_not_fit(adapter: Path, why: str) -> UsageError:
         why=why,
         fix=f"use the base it was trained on: {base_of(adapter)}",
     )
+
+
+def other_weights(
+    adapter: Path, facts: Mapping[str, Any], this: str | None, force: bool, say: Callable[[str], None]
+) -> None:
+    """Refuse a base whose fingerprint `this` is another than that of the training, or say so under `force`.
+
+    Raises:
+        UsageError: it is another one.
+    """
+    what = f"{adapter} was trained on a base with other weights than this one"
+    trained_on = facts.get("base_fingerprint")
+    if not force:
+        raise UsageError(
+            what,
+            why=f"fingerprint {trained_on} then, {this} now: the answers would be nonsense",
+            fix=f"use the base it was trained on ({facts.get('base')}), or --force-merge if you know better",
+        )
+    say(f"careful: {what} (fingerprint {trained_on} then, {this} now)")

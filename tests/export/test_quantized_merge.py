@@ -99,6 +99,20 @@ def test_a_merge_that_undoes_the_training_is_refused_and_leaves_nothing(tmp_path
     assert json.loads((out / "minituner.json").read_text())["merged"]["base"] == "dequantized"
 
 
+@pytest.mark.parametrize("into", ["full", "dequantized"])
+def test_another_base_than_that_of_a_quantised_training_is_refused(into: Any, tmp_path: Path) -> None:
+    """Its fingerprint is of the quantised weights, so it is asked where those are in memory anyway."""
+    base = tiny_folder(tmp_path / "base")
+    other = tiny_folder(tmp_path / "other", seed=1)
+    adapter, _ = quantized_adapter(base, tmp_path / "hf", name="qlora")
+    with pytest.raises(UsageError, match="other weights than this one"):
+        merge(adapter, tmp_path / "m", base=other, into=into, say=silent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "hf", "other"]
+    said: list[str] = []
+    merge(adapter, tmp_path / "m", base=other, into=into, force_merge=True, say=said.append)
+    assert sum("other weights" in line for line in said) == 1
+
+
 def test_the_dequantised_base_is_only_for_quantised_trainings(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     with pytest.raises(UsageError, match="not trained over a quantised base"):
