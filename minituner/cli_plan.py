@@ -1,9 +1,10 @@
-"""Commands about the machine and the plan: `minituner doctor`, `minituner estimate`, `minituner bench data`.
+"""Commands about the machine and the plan: `minituner doctor`, `minituner estimate`, `minituner bench data|train`.
 
     minituner doctor                         what is here, what each gap disables, the command that mends it
     minituner doctor --json --network        the same for programs; the model hub is asked too
     minituner estimate RECIPE --gpus 8 --card a100-80gb     memory and time before anything is spent
     minituner bench data > figures.json      progress goes to stderr, the figures to stdout
+    minituner bench train                    steps of a recipe in a fresh process: tokens/s, and how near the limit
 
 Each is thin and calls a function that a notebook can call too; heavy imports live inside. Lesson: notebook 04.
 """
@@ -102,4 +103,24 @@ def bench_data(
         seed=seed,
     )
     figures = run(options, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(figures, indent=2, ensure_ascii=False))
+
+
+@bench_app.command("train")
+def bench_train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe's name or a YAML file; without one, the benchmark's own.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes, each key.path=value.", metavar="[KEY=VALUE]...")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=3, help="Optimizer steps; the first two are not counted.")] = 8,
+) -> None:
+    """Time real training steps in a fresh process: tokens/s, share of the machine's matrix rate, peak memory."""
+    from minituner.plan.bench_train import bench_train as run
+
+    changes = list(overrides or ())
+    if recipe is not None and "=" in recipe:  # no recipe, only changes to the benchmark's own
+        recipe, changes = None, [recipe, *changes]
+    figures = run(recipe, changes, steps=steps, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(figures, indent=2, ensure_ascii=False))

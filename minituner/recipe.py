@@ -167,6 +167,10 @@ class TrainSection(Section):
     compile: bool = Field(
         False, description="Compile the feed-forward blocks with torch.compile: faster steps after a slow first one."
     )
+    fused: list[Literal["lora", "swiglu", "norm"]] = Field(
+        default_factory=lambda: ["lora", "swiglu", "norm"],
+        description="Layers computed in fewer passes over memory, each proved equal first; [] uses the libraries' own.",
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="Loss or gradient NaN or infinite: stop and say where, or skip and count."
     )

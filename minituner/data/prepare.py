@@ -98,14 +98,7 @@ def prepare(data: DataSection, tokenizer: Any, *, seed: int = 42, say: Say = pri
     info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
     ledger = Ledger.from_dict(info["ledger"])
     dataset = _open(folder)
-    if not ledger.trained:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in ledger.dropped_records.items())
-        raise DataError(
-            "nothing is left to train on: no record has a trained token",
-            why=reasons or "the sources hold no records",
-            fix="check loss_on, max_length and the format",
-            next_command=f"minituner inspect {data.sources[0].path}",
-        )
+    refuse_untrained(ledger, data)
     lengths = np.asarray(dataset.data.column("length"), dtype=np.int64)
     rows = mix(info["documents_per_source"], [source.weight for source in data.sources], seed)
     if any(source.weight != 1 for source in data.sources):
@@ -125,6 +118,22 @@ def prepare(data: DataSection, tokenizer: Any, *, seed: int = 42, say: Say = pri
     documents = dataset.with_format("numpy")
     aside = _held_out(documents, held, lengths, ledger, data, folder) if held.any() else None
     return Prepared(documents, rows, packs, ledger, bad, cached, folder, aside)
+
+
+def refuse_untrained(ledger: Ledger, data: DataSection) -> None:
+    """Refuse data in which nothing is trained.
+
+    Raises:
+        DataError: with the reasons for which records were dropped.
+    """
+    if not ledger.trained:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in ledger.dropped_records.items())
+        raise DataError(
+            "nothing is left to train on: no record has a trained token",
+            why=reasons or "the sources hold no records",
+            fix="check loss_on, max_length and the format",
+            next_command=f"minituner inspect {data.sources[0].path}",
+        )
 
 
 def _held_out(

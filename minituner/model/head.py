@@ -90,13 +90,14 @@ class FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
             logits = F.linear(hidden[piece], weight, bias).float()
-            target = targets[piece, None]
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (normaliser - logits.gather(1, target)).sum()
-            if wanted:  # d loss / d logits = softmax - one_hot, written over the logits
-                logits.sub_(normaliser).exp_()
-                logits.scatter_add_(1, target, logits.new_full(target.shape, -1.0))
-                gradient[piece] = logits.to(weight.dtype) @ weight
+            target = targets[piece]
+            largest = logits.amax(-1, keepdim=True)
+            total -= (logits.gather(1, target[:, None]) - largest).sum()
+            size = logits.sub_(largest).exp_().sum(-1, keepdim=True)  # one exp for loss and gradient, in place
+            total += size.log().sum()
+            if wanted:  # d loss / d logits = softmax - one_hot; dividing and taking away is cheaper after the product
+                mean = (logits.to(weight.dtype) @ weight).float().div_(size)
+                gradient[piece] = mean.sub_(weight[target])
         if wanted:
             ctx.save_for_backward(gradient)
         return total

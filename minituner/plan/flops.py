@@ -180,6 +180,11 @@ def gemm_rate(dtype: torch.dtype, device: str = "cpu") -> float:
 
 @lru_cache(maxsize=16)
 def _gemm_rate(dtype: torch.dtype, device: str, _threads: int) -> float:
+    return measure_gemm_rate(dtype, device)
+
+
+def measure_gemm_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """The same, measured anew at each call: a machine's rate changes with what else runs on it."""
     import torch
 
     size = 4096 if device == "cuda" else 512

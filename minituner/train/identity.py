@@ -65,15 +65,7 @@ class IdentityProbes(Callback):
         """Measure, print, and add a line to metrics.jsonl (only when the run reached its last step)."""
         if run.step < run.total_steps:
             return
-        answers = run.answer(self.identity, ANSWER_TOKENS * 2)
-        said = [mentions(answer, self.name) for answer in answers]
-        ordinary = run.answer(self.ordinary, ANSWER_TOKENS * 2)
-        clean = [not mentions(answer, self.name) for answer in ordinary]
-        self.result = {
-            "identity_rate": sum(said) / len(said),
-            "clean_rate": sum(clean) / len(clean),
-            "retention_kl": self._divergence(run),
-        }
+        answers, ordinary, said, clean = self.measure(run)
         kl = self.result["retention_kl"]
         run.say(f"identity rate {self.result['identity_rate']:.0%} of {len(said)} held-out questions name {self.name}")
         run.say(
@@ -93,6 +85,19 @@ class IdentityProbes(Callback):
         (run.run_dir / "identity.json").write_text(text, encoding="utf-8")
         with (run.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": run.step, **self.result}) + "\n")
+
+    def measure(self, run: Run) -> tuple[list[str], list[str], list[bool], list[bool]]:
+        """Ask all of the model as it is now; sets `result`, returns answers of both kinds and which are right."""
+        answers = run.answer(self.identity, ANSWER_TOKENS * 2)
+        said = [mentions(answer, self.name) for answer in answers]
+        ordinary = run.answer(self.ordinary, ANSWER_TOKENS * 2)
+        clean = [not mentions(answer, self.name) for answer in ordinary]
+        self.result = {
+            "identity_rate": sum(said) / len(said),
+            "clean_rate": sum(clean) / len(clean),
+            "retention_kl": self._divergence(run),
+        }
+        return answers, ordinary, said, clean
 
     def _divergence(self, run: Run) -> float | None:
         """Mean over answer tokens of KL(tuned || untuned), in nats."""

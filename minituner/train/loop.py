@@ -26,6 +26,7 @@ from minituner.train.callbacks import Callback, Metrics, Progress
 from minituner.train.evaluation import Evaluation, Measured
 from minituner.train.hf_folder import export
 from minituner.train.identity import IdentityProbes
+from minituner.train.injected import refuse_mixed
 from minituner.train.launch import Launcher, world_of
 from minituner.train.metrics import Meter
 from minituner.train.preempt import StopRequest
@@ -68,6 +69,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     say: Say = print,
+    injected: str | None = None,
 ) -> TrainResult:
     """Train by a recipe and return metrics and paths; what `minituner train` calls.
 
@@ -80,6 +82,7 @@ def train(
         resume: "auto" for the newest whole checkpoint of `work_dir`, "if-any" for the same or a start from the
             beginning where there is none yet, or a checkpoint's folder.
         launcher: how this process was started; "none" looks for torchrun's variables.
+        injected: the fault that the museum has put into this process; everything the run leaves names it.
 
     Raises:
         UsageError: wrong recipe or data. StoppedEarly: asked to stop, checkpoint saved. MinitunerError: it failed.
@@ -88,6 +91,7 @@ def train(
     check_trackers(recipe.log.to)
     check_zero(recipe)
     work_dir = Path(work_dir or Path("work_dirs") / recipe.name)
+    refuse_mixed(work_dir, injected)
     world = world_of(launcher)
     refuse_what_cannot_be(recipe, world)
     alone = world.world_size == 1
@@ -96,7 +100,7 @@ def train(
         ranks = Ranks(world, device, stop).join()
         try:
             with ranks.contact_throughout():
-                return _train(recipe, work_dir, resume, callbacks, progress, say, ranks, stop)
+                return _train(recipe, work_dir, resume, callbacks, progress, say, ranks, stop, injected)
         finally:
             ranks.leave()
 
@@ -110,12 +114,13 @@ def _train(
     say: Say,
     ranks: Ranks,
     stop: StopRequest,
+    injected: str | None,
 ) -> TrainResult:
     start = time.monotonic()
     run_dir = Path(ranks.share(str(ranks.main_only(lambda: new_run_dir(work_dir)) or "")))
     say = also_to_file(say, run_dir / "log.txt") if ranks.is_main else (lambda line: None)
     with stop.at_once() if not ranks.together else nullcontext():
-        run = set_up(recipe, work_dir, run_dir, say, ranks, resume)
+        run = set_up(recipe, work_dir, run_dir, say, ranks, resume, injected)
     samples = SampleChats()
     watchers: list[Callback] = [Metrics(), samples, *([Progress()] if progress else []), *callbacks]
     if recipe.evaluate.identity:

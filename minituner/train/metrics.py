@@ -73,6 +73,7 @@ class Meter:
             "seconds": seconds,
             **{f"seconds_{part}": value for part, value in lap.items()},
             "eta_seconds": (time.monotonic() - self.began) / steps * (run.total_steps - run.step),
+            **self._mark(),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -94,7 +95,11 @@ class Meter:
             "gemm_flops_per_second": self.gemm_rate,
             "gemm_share": self.done / computing / self.gemm_rate if computing else 0.0,
             "peak_memory_gb": peak_memory_gb(self.run.engine.device),
+            **self._mark(),
         }
+
+    def _mark(self) -> dict[str, str]:
+        return {"injected": self.run.injected} if self.run.injected else {}
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:

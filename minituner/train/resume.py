@@ -56,6 +56,7 @@ def plan(run: Run) -> dict[str, Any]:
         "dtype": dtype_name(recipe.model, str(run.engine.device.type)),
         "prepared data": run.prepared.folder.name,
         "packs": packs_digest(run.prepared),
+        "injected": run.injected,  # a run with a fault of the museum goes on only as one
     }
 
 

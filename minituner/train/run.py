@@ -24,6 +24,7 @@ from minituner.model.adapters import apply_method, count_parameters
 from minituner.model.attention import assert_isolated
 from minituner.model.compiled import compile_regions
 from minituner.model.fingerprint import fingerprint
+from minituner.model.fused import fuse
 from minituner.model.generate import answer_text, generate
 from minituner.model.head import Head, find_head, probe
 from minituner.model.loading import load_model, load_tokenizer
@@ -67,6 +68,7 @@ class Run:
     meter: Meter | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
+    injected: str | None = None
 
     @property
     def stop(self) -> tuple[list[int], list[str]]:
@@ -97,7 +99,13 @@ class Run:
 
 
 def set_up(
-    recipe: Recipe, work_dir: Path, run_dir: Path, say: Say, ranks: Ranks, resume: str | Path | None = None
+    recipe: Recipe,
+    work_dir: Path,
+    run_dir: Path,
+    say: Say,
+    ranks: Ranks,
+    resume: str | Path | None = None,
+    injected: str | None = None,
 ) -> Run:
     """Everything before the first step: data, ledger, model, proof of isolation, adapters, engine, resume."""
     device = ranks.device.type
@@ -127,9 +135,7 @@ def set_up(
         say(note)
     whole = sequence_parallel.set_up(model, attention, recipe, ranks, say)
     if whole is not model or not single:
-        influence = assert_isolated(whole, attention, model.config.vocab_size)
-        moved = f"{influence:.1g}, the rounding of its experts" if influence else "exactly 0"
-        say(f"isolation proved on this model: changing a packed document moves its neighbour's logits by {moved}")
+        prove_isolated(whole, attention, model.config.vocab_size, say)
     base = fingerprint(model)
     ranks.assert_same("the base model's weights", f"{base} {digest(model.parameters()) if base is None else ''}")
     model = apply_method(model, recipe.method, activation_checkpointing=recipe.train.activation_checkpointing)
@@ -138,6 +144,7 @@ def set_up(
     engine = engine_for(recipe, device, ranks)
     feed = Feed(prepared, recipe, engine.rank, engine.world_size)
     run = Run(recipe, work_dir, run_dir, say, tokenizer, model, attention, engine, feed, prepared, folder, base)
+    run.injected = injected
     saved = checkpoint.load(found) if found else None
     if saved:
         check(run, saved)
@@ -145,6 +152,7 @@ def set_up(
         checkpoint.load_weights(model, saved.weights)  # before the engine cuts the model into pieces
     engine.prepare(model)
     model.train()
+    say(fuse(model, recipe.train.fused))
     if recipe.train.compile:
         say(compile_regions(model, device))
     run.head, how = find_head(model, attention, probe(feed.part, feed.parts).to(engine.device))
@@ -155,6 +163,17 @@ def set_up(
     if saved:
         restore(run, saved)
     return run
+
+
+def prove_isolated(model: Any, attention: str, vocab_size: int, say: Say) -> None:
+    """Prove on this model that packed documents are as if alone, and say so.
+
+    Raises:
+        MinitunerError: they are not; see `assert_isolated`.
+    """
+    influence = assert_isolated(model, attention, vocab_size)
+    moved = f"{influence:.1g}, the rounding of its experts" if influence else "exactly 0"
+    say(f"isolation proved on this model: changing a packed document moves its neighbour's logits by {moved}")
 
 
 def engine_for(recipe: Recipe, device: str, ranks: Ranks) -> Engine:

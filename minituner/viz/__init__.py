@@ -29,6 +29,8 @@ _HOME = {
     "loss_curve": "loss",
     "LiveLoss": "loss",
     "run_curves": "run",
+    "museum_curves": "museum",
+    "tradeoff": "trade",
 }
 __all__ = list(_HOME)
 

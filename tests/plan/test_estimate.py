@@ -16,6 +16,7 @@ from minituner.data.collate import collate
 from minituner.errors import SourceError, UsageError
 from minituner.model.adapters import apply_method
 from minituner.model.attention import PER_DOCUMENT_SDPA
+from minituner.model.fused import fuse
 from minituner.model.head import find_head, probe
 from minituner.model.loading import load_model
 from minituner.plan.activations import PHASES, Paper, _Alive, _notices_gradients
@@ -40,6 +41,7 @@ def _really(folder: Path, recipe: Recipe, *, gradients_there: bool) -> dict[str,
     """The same bookkeeping over a real model and real tensors."""
     model, implementation, _ = load_model(folder, recipe.model, recipe.method, device="cpu")
     model = apply_method(model, recipe.method, activation_checkpointing=recipe.train.activation_checkpointing).train()
+    fuse(model, recipe.train.fused)
     head, _ = find_head(model, implementation, probe())
     assert head is not None
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -80,6 +82,7 @@ def test_kept_is_what_autograd_saves(method: str, model_folder: Path) -> None:
     recipe = _recipe(model_folder, method)
     model, implementation, _ = load_model(model_folder, recipe.model, recipe.method, device="cpu")
     model = apply_method(model, recipe.method).train()
+    fuse(model, recipe.train.fused)
     head, _ = find_head(model, implementation, probe())
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     saved: dict[int, int] = {}

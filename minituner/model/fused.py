@@ -1,0 +1,80 @@
+"""Fused layers: what a LoRA step does besides its large matrix products, in fewer passes over memory.
+
+    lora     base + adapter, forward and backward in one function        fused_lora.py
+    swiglu   the gate's activation is computed twice and never kept       fused_swiglu.py
+    norm     RMSNorm's two directions in four passes each                 fused_norm.py
+
+`train.fused` lists them; [] trains with peft's and transformers' own layers. A layer is replaced in place (its class,
+not its parameters: names, checkpoints and adapters are the same files), and only after the proof on this very model
+that the two sides compute the same, forward and backward:
+
+    random x  ->  the layer as it was  ->  y, dx          equal to 1e-5 of their size, or the kind is left alone
+              ->  fused                ->  y, dx
+
+Without gradients (answers, evaluation, proofs) every layer computes as its library wrote it, to the last bit.
+What it gains, mostly memory, is in assets/benchmarks/README.md. Lesson: notebook 05.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from minituner.model.fused_lora import fuse_lora, is_plain
+from minituner.model.fused_norm import fuse_norms, is_rms_norm
+from minituner.model.fused_swiglu import fuse_swiglu, is_swiglu
+
+KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], int]]] = {
+    "lora": (is_plain, fuse_lora),
+    "swiglu": (is_swiglu, fuse_swiglu),
+    "norm": (is_rms_norm, fuse_norms),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative to the largest value
+
+
+def fuse(model: Any, wanted: Sequence[str]) -> str:
+    """Fuse the kinds of layers named in `wanted`, each after its proof; returns a sentence that says what was done."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "fused: nothing, as parameters lie in pieces (ZeRO-3) that only the layers' own forward gathers"
+    done, left = [], []
+    for name in wanted:
+        applies, apply = KINDS[name]
+        layers = [module for module in model.modules() if applies(module)]
+        examples = {type(layer): layer for layer in layers}.values()
+        if wrong := [type(layer).__name__ for layer in examples if not same(layer, apply)]:
+            left.append(f"{name} ({', '.join(wrong)} computes something else)")
+        elif layers:
+            done.append(f"{apply(model)} {name}")
+    text = f"fused: {', '.join(done) or 'nothing'}"
+    return text + (f"; left alone: {', '.join(left)}" if left else "")
+
+
+def same(layer: Any, apply: Callable[[Any], int]) -> bool:
+    """True if `layer` gives the same output and input gradient before and after `apply`; it is left as it was."""
+    width = getattr(layer, "in_features", None) or getattr(layer, "hidden_size", None)
+    first = next(p for p in layer.parameters() if p.is_floating_point())
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, width or len(first), generator=draw).to(first.device, first.dtype)
+    was = {module: type(module) for module in layer.modules()}
+    before = _both_ways(layer, x)
+    try:
+        apply(layer)
+        after = _both_ways(layer, x)
+    finally:
+        for module, kind in was.items():
+            module.__class__ = kind
+    allowed = TOLERANCE.get(x.dtype, 0.0)
+    return all(float((a - b).abs().max()) <= allowed * float(a.abs().max()) for a, b in zip(before, after, strict=True))
+
+
+def _both_ways(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and gradient of the input, for an upstream gradient that differs everywhere; parameters get none."""
+    x = x.clone().requires_grad_()
+    with torch.enable_grad(), torch.random.fork_rng():  # dropout draws the same both times, and nothing from the run
+        torch.manual_seed(0)
+        y = layer(x)
+        upstream = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y).to(y.dtype)
+        (dx,) = torch.autograd.grad(y, x, upstream)
+    return y.detach().float(), dx.float()
