@@ -9,7 +9,7 @@ ARGS   ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 NBVAL  := --nbval-lax --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
-.PHONY: help setup quickstart test test-fast test-latest notebooks-refresh lint format lab clean
+.PHONY: help setup quickstart test test-fast test-latest notebooks-refresh lint format lab notebooks clean
 help:            ## list the commands
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/: .*## */\t/' | expand -t 20
 
@@ -54,6 +54,9 @@ format: setup    ## let ruff rewrite what it can
 
 lab: setup       ## JupyterLab in notebooks/
 	$(BIN)/jupyter lab --notebook-dir notebooks
+
+notebooks: setup ## stubs into the notebooks, solution notebooks beside (ARGS=folder; default work_dirs/solutions)
+	$(BIN)/minituner camp solutions --renew $(or $(ARGS),work_dirs/solutions)
 
 clean:           ## remove the environment and caches (never work_dirs/)
 	rm -rf $(VENV) .venv-latest .pytest_cache .ruff_cache build dist

@@ -14,15 +14,17 @@ from typing import Annotated
 
 import typer
 
+from minituner.cli_camp import camp_app
 from minituner.cli_catalog import catalog_app
 from minituner.cli_chat import chat_app
 from minituner.cli_convert import convert_app, parity_app
 from minituner.cli_data import data_app
 from minituner.cli_launch import launch_app
 from minituner.cli_migrate import migrate_app
+from minituner.cli_museum import museum_app
 from minituner.cli_plan import bench_app, plan_app
 from minituner.cli_web import web_app
-from minituner.errors import MinitunerError
+from minituner.errors import MinitunerError, UsageError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +42,9 @@ app.add_typer(data_app)  # inspect, check, list-formats, list-templates, tokeniz
 app.add_typer(migrate_app)  # import-cfg
 app.add_typer(plan_app)  # doctor
 app.add_typer(bench_app, name="bench")
+app.add_typer(camp_app, name="camp")
 app.add_typer(launch_app, name="launch")
+app.add_typer(museum_app)  # museum
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (minituner list-cfg) or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, each key.path=value.", metavar="[KEY=VALUE]...")]
@@ -92,23 +96,38 @@ def train(
         typer.Option(help="zero1, zero2, zero3, zero2_offload, zero3_offload, or a JSON: sets distributed.zero."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, prepare the data, and stop.")] = False,
+    inject: Annotated[
+        str | None, typer.Option(help="Train with this fault, wrong on purpose and marked (minituner museum lists).")
+    ] = None,
 ) -> None:
     """Train by a recipe."""
     from minituner.recipe import Recipe
 
     changes = [*(overrides or ()), *([f"distributed.zero={deepspeed}"] if deepspeed else [])]
     loaded = Recipe.load(recipe, changes)
+    if inject and dry_run:
+        raise UsageError("--inject trains, and --dry-run does not", next_command=f"minituner museum {inject} {recipe}")
     if dry_run:
         from minituner.train.dry_run import dry_run as look
 
         look(loaded)
         return
+    if inject:
+        from minituner.museum.catalog import find
+        from minituner.museum.fitting import fitting
+
+        fitting(find(inject), loaded)
     from minituner.train.launch import check_launcher, relaunch
 
     known = check_launcher(launcher)
     status = relaunch(sys.argv[1:], known)  # the recipe is known to be right: what is wrong is said once, not per rank
     if status is not None:
         raise typer.Exit(status)
+    if inject:
+        from minituner.museum.run import train_injected
+
+        train_injected(inject, loaded, work_dir, resume=resume, launcher=known)
+        return
     from minituner.train.loop import train as run
 
     run(loaded, work_dir, resume=resume, launcher=known)

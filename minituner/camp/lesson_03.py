@@ -1,22 +1,22 @@
-"""Exercises of lesson 03: labels, the shift by one, the stop token, per-message loss, the ledger.
+"""Exercises of lesson 03: labels, the shift by one, padding, per-message loss, the ledger.
 
-What an exercise gives is a constant here, so that notebook and check cannot fall out of step:
+    3.1 labels_of(turns)                  [(kind, ids), ...] -> labels
+    3.2 shift_labels(documents)           labels of each document -> what each position of the row predicts
+    3.3 mask_padding(labels, lengths)     pad and stop have one id, and only the padding loses its label
+    3.4 trained(messages, loss_on)        which messages are trained
+    3.5 ledger(parts, max_length)         where every token of a record went that is cut
 
-    TURNS       [(kind, ids), ...]  ->  03.1 asks for its labels
-    TWO         two documents       ->  03.2 asks for the shifted labels of the row they make
-    a function                      ->  03.3 asks for the collator that masks padding without losing the stop token
-
-Every right answer is computed with the functions that training uses. Lesson: notebook 03.
+Every right value is computed with the functions that training uses. Lesson: notebook 03.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from random import Random
 
 import numpy as np
 
-from minituner.camp.core import Exercise, Wrong
+from minituner.camp.core import Exercise
 from minituner.data.collate import collate, pad_batch
 from minituner.data.conversation import Conversation, Message
 from minituner.data.encoding import IGNORE, KINDS, Encoded
@@ -24,44 +24,16 @@ from minituner.data.ledger import Ledger
 from minituner.data.templates import trained_messages
 
 STOP = 2
-TURNS: tuple[tuple[str, tuple[int, ...]], ...] = (
-    ("prompt", (1, 71, 72)),
-    ("answer", (81, 82, STOP)),
-    ("prompt", (9, 1, 73)),
-    ("answer", (83, STOP)),
-    ("prompt", (9,)),
-)
-TWO: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
-    ((1, 71, 81, STOP), (IGNORE, IGNORE, 81, STOP)),
-    ((82, 83, STOP), (82, 83, STOP)),
-)
-CHAT = Conversation(
-    [
-        Message("user", "2 + 2 = ?"),
-        Message("assistant", "4"),
-        Message("user", "那么 3 + 3 呢？"),
-        Message("assistant", "7"),
-        Message("user", "再算一次。"),
-        Message("assistant", "6"),
-    ]
-)
-LONG = {"bos": 1, "prompt": 22, "answer": 15, "line_break": 1}
-MAX_LENGTH = 32
+Part = tuple[str, Sequence[int]]
+TURNS = [("prompt", [1, 71, 72]), ("answer", [81, 82, STOP]), ("prompt", [9, 1, 73]), ("answer", [83, STOP])]
+DOCUMENTS = [[IGNORE, IGNORE, 81, STOP], [82, 83, STOP]]
+MESSAGES = [("user", None), ("assistant", True), ("user", None), ("assistant", None), ("user", None)]
+MESSAGES += [("assistant", None)]
+PARTS = [("prompt", 23), ("answer", 15), ("prompt", 1)]
 
 
-def document() -> Encoded:
-    """The document of 03.1, (12,): `TURNS` laid end to end."""
-    return _encoded(TURNS)
-
-
-def long_document() -> Encoded:
-    """The document of 03.5, (39,): BOS, prompt, an answer whose last token is the stop token, a line break."""
-    kinds = (("bos", LONG["bos"]), ("prompt", LONG["prompt"]), ("answer", LONG["answer"]), ("prompt", 1))
-    return _encoded(tuple((kind, tuple(range(10, 10 + count))) for kind, count in kinds))
-
-
-def _encoded(parts: Sequence[tuple[str, tuple[int, ...]]]) -> Encoded:
-    """Parts of one kind each as an Encoded in which answers are trained."""
+def encoded(parts: Sequence[Part]) -> Encoded:
+    """Parts of one kind each, laid end to end as an Encoded in which answers are trained."""
     lengths = [len(ids) for _, ids in parts]
     return Encoded(
         np.array([i for _, ids in parts for i in ids], dtype=np.int32),
@@ -70,146 +42,196 @@ def _encoded(parts: Sequence[tuple[str, tuple[int, ...]]]) -> Encoded:
     )
 
 
-def _numbers(answer: Any, length: int, what: str) -> list[int]:
-    """The answer as a flat list of whole numbers, or what is wrong with it."""
-    values = np.asarray(answer).reshape(-1).tolist() if not isinstance(answer, str) else []
-    if len(values) != length:
-        raise Wrong(f"{what} has one number for each of the {length} tokens; yours has {len(values)}")
-    return [int(value) for value in values]
+def _turns(draw: Random) -> tuple[list[Part]]:
+    turns: list[Part] = []
+    for _ in range(draw.randint(1, 3)):
+        turns.append(("prompt", [draw.randint(3, 99) for _ in range(draw.randint(1, 4))]))
+        turns.append(("answer", [*(draw.randint(3, 99) for _ in range(draw.randint(0, 4))), STOP]))
+    return (turns + [("prompt", [9])] * draw.randint(0, 1),)
 
 
-def _check_labels(answer: Any) -> None:
-    right, kinds = document().labels.tolist(), [kind for kind, ids in TURNS for _ in ids]
-    values = _numbers(answer, len(right), "labels")
-    if values == [*right[1:], IGNORE]:
-        raise Wrong("these labels are shifted already; labels[i] belongs to input_ids[i], the shift comes in collate")
-    for i, (mine, expected) in enumerate(zip(values, right, strict=True)):
-        if mine == expected:
-            continue
-        if expected == STOP:
-            raise Wrong(f"position {i} is the stop token that ends an answer: unlabelled, it is never learned")
-        if expected == IGNORE:
-            raise Wrong(f"position {i} is {kinds[i]}: nobody asks the model to produce it, so its label is {IGNORE}")
-        raise Wrong(f"position {i} belongs to an answer, so its label is its own id; yours is {mine}")
+def _labels(turns: Sequence[Part]) -> list[int]:
+    return encoded(turns).labels.tolist()
 
 
-def _check_shift(answer: Any) -> None:
-    row = collate([[(np.array(ids), np.array(labels)) for ids, labels in TWO]])
-    right = row.shift_labels[0].tolist()
-    values = _numbers(answer, len(right), "shift_labels")
-    border = len(TWO[0][0]) - 1
-    if values == [label for _, labels in TWO for label in labels]:
-        raise Wrong("these are the labels before the shift; position i has to predict the token at i + 1")
-    for i, (mine, expected) in enumerate(zip(values, right, strict=True)):
-        if mine == expected:
-            continue
-        if i == border:
-            raise Wrong(f"position {i} is the last token of the first document: it must not predict the next document")
-        if i == len(right) - 1:
-            raise Wrong("nothing comes after the last token of the row, so there is nothing to predict")
-        raise Wrong(f"position {i} is wrong: look at the label of position {i + 1}")
+def _shifted(documents: Sequence[Sequence[int]]) -> list[int]:
+    rows = [(np.array([abs(label) for label in labels]), np.array(labels)) for labels in documents]
+    return collate([rows]).shift_labels[0].tolist()
 
 
-def _check_padding(answer: Callable[..., Any]) -> None:
-    if not callable(answer):
-        raise Wrong("give the function itself: answer = my_labels (no brackets)")
-    rows = [(np.array((1, 71, 81, STOP)), np.array((IGNORE, IGNORE, 81, STOP))), (np.array((82, STOP)),) * 2]
-    right = pad_batch(rows, pad_id=STOP)
-    lengths = [len(ids) for ids, _ in rows]
-    given = np.where(right["attention_mask"].numpy() == 1, right["labels"].numpy(), STOP)
-    got = np.asarray(answer(given.copy(), list(lengths)))
-    expected = right["labels"].numpy()
-    if got.shape != expected.shape:
-        raise Wrong(f"return labels of the shape you were given, {expected.shape}; yours is {got.shape}")
-    for row, length in enumerate(lengths):
-        if got[row, length - 1] != STOP:
-            raise Wrong(f"row {row}: the stop token at position {length - 1} is real text, and its label is gone")
-        if (got[row, length:] != IGNORE).any():
-            raise Wrong(f"row {row}: padding begins at position {length} and still has labels")
-        if (got[row, :length] != expected[row, :length]).any():
-            raise Wrong(f"row {row}: a label before the padding has changed")
+def _documents(draw: Random) -> tuple[list[list[int]]]:
+    def labels() -> list[int]:
+        answer = [draw.randint(3, 99) for _ in range(draw.randint(1, 3))]
+        return [IGNORE] * draw.randint(0, 3) + [*answer, STOP] + [IGNORE] * draw.randint(0, 1)
+
+    return ([labels() for _ in range(draw.randint(1, 4))],)
 
 
-def _check_loss_flags(answer: Any) -> None:
-    answers = [i for i, message in enumerate(CHAT.messages) if message.role == "assistant"]
-    flags = list(answer)
-    if len(flags) != len(answers):
-        raise Wrong(f"give one flag for each of the {len(answers)} assistant messages; yours has {len(flags)}")
-    if any(flag not in (True, False, None) for flag in flags):
-        raise Wrong("a flag is True, False or None")
-    messages = [Message(m.role, m.content) for m in CHAT.messages]
-    for place, flag in zip(answers, flags, strict=True):
-        messages[place].loss = flag
-    trained = trained_messages(Conversation(messages), "last_assistant")
-    for place, wanted in zip(answers, (True, False, True), strict=True):
-        if trained[place] != wanted:
-            state = "not trained" if wanted else "trained, and it is wrong"
-            raise Wrong(f"under loss_on=last_assistant, the answer {CHAT.messages[place].text!r} is {state}")
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, list[int]]:
+    """A batch from a careless collator: labels filled up with the id of pad, which is that of the stop token."""
+    width = max(map(len, rows))
+    return np.array([[*row, *[STOP] * (width - len(row))] for row in rows]), [len(row) for row in rows]
 
 
-def _check_ledger(answer: Any) -> None:
-    if not isinstance(answer, Mapping):
-        raise Wrong("answer with a dictionary: {'trained': ..., 'masked': ..., 'truncated': ...}")
-    whole = long_document()
+def _masked(labels: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    rows = [(row[:length], row[:length]) for row, length in zip(labels, lengths, strict=True)]
+    return pad_batch(rows, pad_id=STOP)["labels"].numpy()
+
+
+def _by_id(labels: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    return np.where(labels == STOP, IGNORE, labels)
+
+
+def _trained(messages: Sequence[tuple[str, bool | None]], loss_on: str) -> list[bool]:
+    return trained_messages(Conversation([Message(role, "...", loss=loss) for role, loss in messages]), loss_on)
+
+
+def _messages(draw: Random) -> tuple[list[tuple[str, bool | None]], str]:
+    messages: list[tuple[str, bool | None]] = [("system", None)] * draw.randint(0, 1)
+    for _ in range(draw.randint(1, 3)):
+        messages += [("user", None), ("assistant", draw.choice([None, None, True, False]))]
+    return messages, draw.choice(["assistant", "last_assistant"])
+
+
+def _flags_ignored(messages: Sequence[tuple[str, bool | None]], loss_on: str) -> list[bool]:
+    return _trained([(role, None) for role, _ in messages], loss_on)
+
+
+def _flags_alone(messages: Sequence[tuple[str, bool | None]], loss_on: str) -> list[bool]:
+    return [bool(loss) for _, loss in messages]
+
+
+def _ledger(parts: Sequence[tuple[str, int]], max_length: int) -> dict[str, int]:
+    whole = encoded([(kind, range(10, 10 + count)) for kind, count in parts])
     ledger = Ledger(records=1)
-    ledger.keep(whole[:MAX_LENGTH])
-    ledger.cut(len(whole) - MAX_LENGTH)
+    ledger.keep(whole[:max_length])
+    ledger.cut(max(0, len(whole) - max_length))
     ledger.check()
-    right = {"trained": ledger.trained, "masked": sum(ledger.masked.values()), "truncated": ledger.truncated}
-    if missing := [key for key in right if key not in answer]:
-        raise Wrong(f"missing: {', '.join(missing)}")
-    total = sum(int(answer[key]) for key in right)
-    if total != ledger.raw:
-        raise Wrong(f"the ledger must add up: the record has {ledger.raw} tokens, yours accounts for {total}")
-    for key, value in right.items():
-        if int(answer[key]) != value:
-            raise Wrong(f"{key} is off by {abs(int(answer[key]) - value)}; cut first, then count what is left")
+    return {"trained": ledger.trained, "masked": sum(ledger.masked.values()), "truncated": ledger.truncated}
+
+
+def _not_cut(parts: Sequence[tuple[str, int]], max_length: int) -> dict[str, int]:
+    return {**_ledger(parts, 10**6), "truncated": _ledger(parts, max_length)["truncated"]}
+
+
+def _cut_in_front(parts: Sequence[tuple[str, int]], max_length: int) -> dict[str, int]:
+    return _ledger([("prompt", 0), *parts[::-1]], max_length)
 
 
 EXERCISES: dict[str, Exercise] = {
     "1": Exercise(
-        "Write the labels of the document: the id where the model must produce it, -100 elsewhere.",
-        _check_labels,
-        (
-            "Go through TURNS part by part. Which kinds are answers?",
-            "A prompt of n tokens gives n times -100. The stop token stands inside its answer part.",
-            "labels = []; for kind, ids in TURNS: labels += ids if kind == 'answer' else [-100] * len(ids)",
+        name="labels_of",
+        minutes=5,
+        example=(TURNS,),
+        draw=_turns,
+        right=_labels,
+        mistakes={
+            "These labels are shifted already; labels[i] belongs to input_ids[i], the shift comes in collate": (
+                lambda turns: [*_labels(turns)[1:], IGNORE]
+            ),
+            "The stop token that ends an answer has no label: unlabelled, it is never learned": (
+                lambda turns: [IGNORE if label == STOP else label for label in _labels(turns)]
+            ),
+            f"Nobody asks the model to produce a prompt: its labels are {IGNORE}": (
+                lambda turns: encoded(turns).input_ids
+            ),
+            "Now the prompts are trained, and the answers are not": (
+                lambda turns: np.where(encoded(turns).trained, IGNORE, encoded(turns).input_ids)
+            ),
+        },
+        hints=(
+            "Go through the turns one by one. Which kinds are answers?",
+            f"A prompt of n tokens gives n times {IGNORE}. The stop token stands inside its answer.",
+            "labels = []; for kind, ids in turns: labels += list(ids) if kind == 'answer' else [-100] * len(ids)",
         ),
     ),
     "2": Exercise(
-        "Write shift_labels of the row that the two documents make: what each position is asked to predict.",
-        _check_shift,
-        (
+        name="shift_labels",
+        minutes=5,
+        example=(DOCUMENTS,),
+        draw=_documents,
+        right=_shifted,
+        mistakes={
+            "These are the labels before the shift; position i has to predict the token at i + 1": (
+                lambda documents: [label for labels in documents for label in labels]
+            ),
+            "The last token of a document must not predict the first of the next document": (
+                lambda documents: [*[label for labels in documents for label in labels][1:], IGNORE]
+            ),
+            "Shifted the wrong way: position i predicts what comes after it, not what was before": (
+                lambda documents: [label for labels in documents for label in [IGNORE, *labels[:-1]]]
+            ),
+        },
+        hints=(
             "Shift each document alone, then lay the results end to end.",
-            "The last position of every document gets -100.",
+            f"The last position of every document gets {IGNORE}.",
             "For one document: labels[1:] + [-100].",
         ),
     ),
     "3": Exercise(
-        "Write mask_padding(labels, lengths): -100 on the padding, and only there, although pad == stop.",
-        _check_padding,
-        (
+        name="mask_padding",
+        minutes=5,
+        example=_padded([[IGNORE, IGNORE, 81, STOP], [82, STOP]]),
+        draw=lambda draw: _padded([_documents(draw)[0][0] for _ in range(draw.randint(2, 4))]),
+        right=_masked,
+        mistakes={
+            "A stop token is real text, and its label is gone: look at the lengths, not at the ids": _by_id,
+            "The padding still has labels": lambda labels, lengths: labels,
+            "The last real token of each row is masked too: padding begins at position lengths[row]": (
+                lambda labels, lengths: _masked(labels, [max(length - 1, 0) for length in lengths])
+            ),
+        },
+        hints=(
             "Do not look at the ids at all. How many tokens of each row are real?",
             "Row r is padding from position lengths[r] on.",
             "for row, length in enumerate(lengths): labels[row, length:] = -100",
         ),
     ),
     "4": Exercise(
-        "With loss_on='last_assistant', give the three answers' loss flags so that 4 and 6 are trained and 7 is not.",
-        _check_loss_flags,
-        (
-            "A message's own loss wins over loss_on; None leaves the matter to loss_on.",
-            "loss_on='last_assistant' trains the third answer by itself. What must be said about the first?",
-            "The first needs True; the second must not be True; the third must not be False.",
+        name="trained",
+        minutes=10,
+        example=(MESSAGES, "last_assistant"),
+        draw=_messages,
+        right=_trained,
+        mistakes={
+            "A message's own loss flag wins over loss_on; yours looks at loss_on alone": _flags_ignored,
+            "A flag of None leaves the matter to loss_on; yours takes it for False": _flags_alone,
+            "With loss_on='last_assistant' only the last answer is trained, unless a flag says otherwise": (
+                lambda messages, loss_on: _trained(messages, "assistant")
+            ),
+            "With loss_on='assistant' every answer is trained, unless a flag says otherwise": (
+                lambda messages, loss_on: _trained(messages, "last_assistant")
+            ),
+        },
+        hints=(
+            "Only messages of the assistant are ever trained. Ask first whether the message has a flag of its own.",
+            "Without a flag: 'assistant' trains each answer, 'last_assistant' the last message of that role only.",
+            "last = max(i for i, (role, _) in enumerate(messages) if role == 'assistant')",
         ),
     ),
     "5": Exercise(
-        "Fill in the ledger of a record that is cut at max_length: trained, masked and truncated tokens.",
-        _check_ledger,
-        (
+        name="ledger",
+        minutes=5,
+        example=(PARTS, 32),
+        draw=lambda draw: (
+            [("prompt", draw.randint(2, 30)), ("answer", draw.randint(2, 20)), ("prompt", 1)],
+            draw.randint(8, 56),
+        ),
+        right=_ledger,
+        mistakes={
+            "Cut first, then count what is left: yours counts tokens as trained that are cut off": _not_cut,
+            "A record is cut on the right; yours loses its beginning": _cut_in_front,
+            "A record that is short enough loses nothing: truncated is never below 0": (
+                lambda parts, max_length: {
+                    **_ledger(parts, max_length),
+                    "truncated": sum(count for _, count in parts) - max_length,
+                }
+            ),
+        },
+        hints=(
             "Lay the parts in a line and cut it after max_length tokens. What is behind the cut?",
-            "BOS and prompt come first and are masked; the answer gets the places that are left.",
-            "trained = max_length - bos - prompt; masked = bos + prompt; truncated = everything - max_length.",
+            "Go through the parts and keep min(count, what is left of max_length) of each.",
+            "room = max_length; for kind, count in parts: kept = min(count, room); room -= kept",
         ),
     ),
 }

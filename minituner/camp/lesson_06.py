@@ -1,35 +1,30 @@
 """Exercises of lesson 06: softmax in blocks, what is kept, kernel arguments, tiles, and a test that finds a leak.
 
-What an exercise gives is a constant here, so that notebook and check cannot fall out of step:
+    6.1 merge(a, b)                     two blocks: (m, z, acc), (m, z, acc) -> (m, z, acc)
+    6.2 kept_bytes(layer)               what is kept for the backward: {"weights": ..., "logsumexp": ...}
+    6.3 kernel_arguments(row, window)   what a kernel is given: {"cu_seq_q": ..., "max_q": ..., "window_size": ...}
+    6.4 tiles(documents, block)         how many tiles are computed
+    6.5 leaks(call)                     a test that tells calls apart, CALLS by the notebook
 
-    STATE            ->  06.1 merge two blocks                (m, z, acc) + (m, z, acc) -> (m, z, acc)
-    LAYER            ->  06.2 bytes kept for the backward     {"weights": ..., "logsumexp": ...}
-    ROW, WINDOW      ->  06.3 what a kernel is given          {"cu_seq_q": ..., "max_q": ..., "window_size": ...}
-    DOCUMENTS, BLOCK ->  06.4 tiles                           a number
-    CALLS            ->  06.5 a test that tells them apart    a function
-
-Every right answer is computed with the functions that training uses, or by running the model. Lesson: notebook 06.
+Every right value is computed with the functions that training uses, or by running the model. Lesson: notebook 06.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minituner.camp.core import Exercise, Wrong
+from minituner.camp.core import Exercise
 from minituner.data.packing import cu_seqlens
 
 if TYPE_CHECKING:
     import torch
 
 LAYER = {"heads": 32, "tokens": 4096, "bytes_per_weight": 2, "bytes_per_logsumexp": 4}
-ROW = (3, 5, 2)
-WINDOW = 4
-DOCUMENTS = (100, 300, 30)
-BLOCK = 64
 CALLS = {
     "A": "sdpa, position_ids that restart, use_cache=False",
     "B": "sdpa, position_ids that restart, use_cache not mentioned",
@@ -39,7 +34,7 @@ CALLS = {
     "F": "eager, position_ids that restart, use_cache=False",
 }
 State = tuple[np.ndarray, np.ndarray, np.ndarray]
-Call = Callable[[list[np.ndarray]], "torch.Tensor"]
+Call = Callable[[list[np.ndarray]], Any]  # documents -> logits (T, vocabulary), a tensor or an array
 ROUNDING = 1e-4  # kernels may round otherwise when a neighbour changes; a leak moves these logits by tenths
 
 
@@ -53,6 +48,7 @@ def state(scores: np.ndarray, values: np.ndarray) -> State:
     return largest, weights.sum(), weights @ values
 
 
+@lru_cache(maxsize=1)
 def tiny_llama() -> Any:
     """A random Llama with two layers, 300 tokens, and weights large enough for attention to matter."""
     import torch
@@ -123,135 +119,210 @@ def visible(length: int, window: int | None) -> np.ndarray:
     return out[0, :, 0].numpy() > 0
 
 
-def _check_merge(answer: Callable[[State, State], State]) -> None:
-    if not callable(answer):
-        raise Wrong("give the function itself: answer = merge (no brackets)")
-    draw = np.random.default_rng(0)
-    for first, second, offset in ((3, 4, 0.0), (5, 1, 50.0), (1, 5, -50.0), (4, 4, 2000.0)):
-        scores, values = draw.normal(size=first + second), draw.normal(size=(first + second, 2))
-        scores[first:] += offset
-        with np.errstate(all="ignore"):
-            got = answer(state(scores[:first], values[:first]), state(scores[first:], values[first:]))
-        if not isinstance(got, tuple | list) or len(got) != 3:
-            raise Wrong("merge returns three things: the maximum, the sum, the weighted sum")
-        for name, mine, right in zip(("maximum", "sum", "weighted sum"), got, state(scores, values), strict=True):
-            mine = np.asarray(mine, dtype=float)
-            if mine.shape != np.shape(right):
-                raise Wrong(f"the {name} has the shape {mine.shape}, it needs {np.shape(right)}")
-            if not np.isfinite(mine).all():
-                raise Wrong(f"the {name} is not finite for scores around {offset:g}: only exp of what is at most 0")
-            if not np.allclose(mine, right, rtol=1e-9):
-                raise Wrong(f"the {name} is not that of all scores together: is each part brought to the new maximum?")
+def _blocks(draw: Random) -> tuple[State, State]:
+    """Two blocks of one row; in some rows the second one's scores are far above or below the first one's."""
+    numbers = np.random.default_rng(draw.getrandbits(32))
+    first, offset = draw.randint(1, 5), draw.choice([0.0, 3.0, -50.0, 50.0, 2000.0])
+    scores, values = numbers.normal(size=first + draw.randint(1, 5)), numbers.normal(size=(12, 2))
+    scores[first:] += offset
+    return state(scores[:first], values[:first]), state(scores[first:], values[first : len(scores)])
 
 
-def _check_bytes(answer: Any) -> None:
-    if not isinstance(answer, dict) or not {"weights", "logsumexp"} <= set(answer):
-        raise Wrong("answer with a dictionary: {'weights': bytes, 'logsumexp': bytes}")
-    heads, tokens = LAYER["heads"], LAYER["tokens"]
-    weights = heads * tokens**2 * LAYER["bytes_per_weight"]
-    logsumexp = heads * tokens * LAYER["bytes_per_logsumexp"]
-    if answer["weights"] * heads == weights:
-        raise Wrong("weights: that is one head; every head has a table of its own")
-    if answer["weights"] * LAYER["bytes_per_weight"] == weights:
-        raise Wrong("weights: that is how many there are; asked are bytes")
-    if answer["weights"] != weights:
-        raise Wrong("weights: one number for each head and each pair of tokens, each of bytes_per_weight")
-    if answer["logsumexp"] != logsumexp:
-        raise Wrong("logsumexp: one number for each head and each token, each of bytes_per_logsumexp")
+def _merge(a: State, b: State) -> State:
+    """The state of both blocks; `state` of all scores together gives the same (a test compares them)."""
+    (m, z, acc), (n, y, other) = a, b
+    largest = np.maximum(m, n)
+    ours, theirs = np.exp(m - largest), np.exp(n - largest)
+    return largest, z * ours + y * theirs, acc * ours + other * theirs
 
 
-def _check_arguments(answer: Any) -> None:
-    if not isinstance(answer, dict) or not {"cu_seq_q", "max_q", "window_size"} <= set(answer):
-        raise Wrong("answer with a dictionary: {'cu_seq_q': [...], 'max_q': ..., 'window_size': (..., ...)}")
-    borders = [int(border) for border in answer["cu_seq_q"]]
-    if borders != (right := cu_seqlens(ROW).tolist()):
-        raise Wrong(f"cu_seq_q: it begins with 0 and has {len(right)} entries, the running sum of the lengths")
-    if answer["max_q"] == sum(ROW):
-        raise Wrong("max_q: that is the whole row; the kernel asks for the longest document")
-    if answer["max_q"] != max(ROW):
-        raise Wrong("max_q: the tokens of the longest document")
-    back, ahead = answer["window_size"]
-    if ahead != 0:
-        raise Wrong(f"window_size: {ahead} on the right is not causal; a token sees 0 tokens ahead")
-    if back == -1:
-        raise Wrong("window_size: -1 on the left sees everything back to the document's start")
-    if back != WINDOW - 1:
-        raise Wrong(f"window_size: {back} tokens back and the token itself are {back + 1}; it must see {WINDOW}")
+def _without_maximum(a: State, b: State) -> State:
+    with np.errstate(all="ignore"):
+        m, ours, theirs = np.maximum(a[0], b[0]), np.exp(a[0]), np.exp(b[0])
+        return m, (a[1] * ours + b[1] * theirs) / np.exp(m), (a[2] * ours + b[2] * theirs) / np.exp(m)
 
 
-def _check_tiles(answer: Any) -> None:
-    value = int(answer)
-    blocks = [-(-length // BLOCK) for length in DOCUMENTS]
-    if value == sum(n * (n + 1) // 2 for n in blocks):
-        return
-    row = -(-sum(DOCUMENTS) // BLOCK)
-    if value == row * (row + 1) // 2:
-        raise Wrong("those are the tiles of one causal row, in which documents see each other")
-    if value == sum(n * n for n in blocks):
-        raise Wrong("tiles above the diagonal are never touched")
-    raise Wrong(f"{value} is not right: count tiles for each document by itself, a begun tile is a tile")
+def _wrong_sign(a: State, b: State) -> State:
+    with np.errstate(all="ignore"):
+        m = np.maximum(a[0], b[0])
+        ours, theirs = np.exp(m - a[0]), np.exp(m - b[0])
+        return m, a[1] * ours + b[1] * theirs, a[2] * ours + b[2] * theirs
 
 
-def _check_leaks(answer: Callable[[Call], Any]) -> None:
-    if not callable(answer):
-        raise Wrong("give the function itself: answer = leaks (no brackets)")
-    for name, call_packed in calls(tiny_llama()).items():
-        right, mine = movement(call_packed) > ROUNDING, bool(answer(call_packed))
-        what = (
-            f"call {name} ({CALLS[name]})"
-            if name in CALLS
-            else "a call in which the first document hears of the second"
-        )
-        if right and not mine:
-            raise Wrong(f"{what} leaks, and your test does not notice")
-        if mine and not right:
-            raise Wrong(f"{what} keeps documents apart, and your test says that it leaks")
+def _layer(draw: Random) -> tuple[dict[str, int]]:
+    sizes = {"heads": draw.choice([8, 9, 32]), "tokens": draw.choice([512, 1000, 4096])}
+    return ({**sizes, "bytes_per_weight": draw.choice([2, 4]), "bytes_per_logsumexp": draw.choice([4, 8])},)
+
+
+def _kept(layer: Mapping[str, int]) -> dict[str, int]:
+    rows = layer["heads"] * layer["tokens"]
+    weights = rows * layer["tokens"] * layer["bytes_per_weight"]
+    return {"weights": weights, "logsumexp": rows * layer["bytes_per_logsumexp"]}
+
+
+def _row(draw: Random) -> tuple[list[int], int]:
+    return [draw.randint(1, 9) for _ in range(draw.randint(2, 5))], draw.randint(2, 8)
+
+
+def _arguments(row: Sequence[int], window: int) -> dict[str, Any]:
+    return {"cu_seq_q": cu_seqlens(row), "max_q": max(row), "window_size": [window - 1, 0]}
+
+
+def _tiles(documents: Sequence[int], block: int) -> int:
+    blocks = [-(-length // block) for length in documents]
+    return sum(n * (n + 1) // 2 for n in blocks)
+
+
+def _calls(draw: Random) -> tuple[Call]:
+    """One of CALLS, or the one that hears ahead."""
+    return (_as_array(draw.choice([*CALLS, "the one that hears ahead"])),)
+
+
+def _as_array(name: str) -> Call:
+    """The call of this name; the model is made when it is first called."""
+
+    def call_packed(documents: Sequence[Sequence[int]]) -> np.ndarray:
+        rows = [np.asarray(ids) for ids in documents]
+        return calls(tiny_llama())[name](rows).numpy()
+
+    call_packed.__name__ = f"call {name}"
+    return call_packed
+
+
+def _moves(call_packed: Call, behind: bool, in_front: bool) -> bool:
+    first, second = np.arange(10, 17), np.arange(50, 59)
+    before, border, moved = call_packed([first, second]), len(first), 0.0
+    if behind:
+        moved = abs(before[border:] - call_packed([first + 1, second])[border:]).max()
+    if in_front:
+        moved = max(moved, abs(before[:border] - call_packed([first, second + 1])[:border]).max())
+    return bool(moved > ROUNDING)
 
 
 EXERCISES: dict[str, Exercise] = {
     "1": Exercise(
-        "Write merge(a, b): the (m, z, acc) of two blocks of scores becomes that of both together.",
-        _check_merge,
-        (
+        name="merge",
+        minutes=10,
+        example=(
+            state(np.array([1.0, 3.0]), np.array([[1.0, 0.0], [0.0, 1.0]])),
+            state(np.array([2.0, 5.0]), np.array([[2.0, 0.0], [0.0, 2.0]])),
+        ),
+        draw=_blocks,
+        right=_merge,
+        mistakes={
+            "Each sum was measured from its own maximum: bring it to the new one, exp(m_old - m_new), before you add": (
+                lambda a, b: (np.maximum(a[0], b[0]), a[1] + b[1], a[2] + b[2])
+            ),
+            "The weighted sum must be brought to the new maximum too, not only the sum": (
+                lambda a, b: (*_merge(a, b)[:2], a[2] + b[2])
+            ),
+            "That overflows for large scores: only exp of what is at most 0": _without_maximum,
+            "The exponent has the wrong sign: a block with a smaller maximum counts for less": _wrong_sign,
+        },
+        hints=(
             "The new maximum is the larger of the two. What must an old sum be multiplied by to refer to it?",
             "exp(x - m_new) = exp(x - m_old) * exp(m_old - m_new); the same factor serves z and acc.",
             "m = max(a[0], b[0]); fa, fb = np.exp(a[0] - m), np.exp(b[0] - m); z = a[1] * fa + b[1] * fb; acc alike",
         ),
     ),
     "2": Exercise(
-        "How many bytes does the layer of LAYER keep for the backward: all attention weights, or one logsumexp a row?",
-        _check_bytes,
-        (
+        name="kept_bytes",
+        minutes=5,
+        example=(LAYER,),
+        draw=_layer,
+        right=_kept,
+        mistakes={
+            "weights: that is one head; every head has a table of its own": (
+                lambda layer: {**_kept(layer), "weights": _kept(layer)["weights"] // layer["heads"]}
+            ),
+            "weights: that is how many there are; asked are bytes": (
+                lambda layer: {**_kept(layer), "weights": _kept(layer)["weights"] // layer["bytes_per_weight"]}
+            ),
+            "logsumexp: there is one for each row of each head's table, and each has bytes_per_logsumexp": (
+                lambda layer: {**_kept(layer), "logsumexp": layer["tokens"] * layer["bytes_per_logsumexp"]}
+            ),
+        },
+        hints=(
             "Weights: each head compares every token with every token.",
             "The logsumexp is one number for each row of each head's table.",
             "heads * tokens ** 2 * bytes_per_weight, and heads * tokens * bytes_per_logsumexp",
         ),
     ),
     "3": Exercise(
-        "What is a variable-length kernel given for documents of ROW tokens and a window of WINDOW tokens?",
-        _check_arguments,
-        (
+        name="kernel_arguments",
+        minutes=5,
+        example=([3, 5, 2], 4),
+        draw=_row,
+        right=_arguments,
+        mistakes={
+            "cu_seq_q begins with 0 and goes on with the running sum of the lengths": (
+                lambda row, window: {**_arguments(row, window), "cu_seq_q": cu_seqlens(row)[1:]}
+            ),
+            "max_q: that is the whole row; the kernel asks for the longest document": (
+                lambda row, window: {**_arguments(row, window), "max_q": sum(row)}
+            ),
+            "window_size: the token itself is one of the window, so it looks back one less": (
+                lambda row, window: {**_arguments(row, window), "window_size": [window, 0]}
+            ),
+            "window_size: what is on the right of the token must not be seen": (
+                lambda row, window: {**_arguments(row, window), "window_size": [window - 1, window - 1]}
+            ),
+            "window_size: -1 on the left sees everything back to the document's start": (
+                lambda row, window: {**_arguments(row, window), "window_size": [-1, 0]}
+            ),
+        },
+        hints=(
             "cu_seq_q is the cu_seqlens of lesson 04. max_q lets the kernel know how many tiles a document can need.",
             "window_size counts tokens to the left and to the right of the token, without the token itself.",
-            "A window of WINDOW tokens, itself included, reaches WINDOW - 1 back, and causal means 0 ahead.",
+            "A window of `window` tokens, itself included, reaches window - 1 back, and causal means 0 ahead.",
         ),
     ),
     "4": Exercise(
-        "How many BLOCK x BLOCK tiles does causal attention compute for the packed documents of DOCUMENTS?",
-        _check_tiles,
-        (
+        name="tiles",
+        minutes=5,
+        example=([100, 300, 30], 64),
+        draw=lambda draw: ([draw.randint(1, 400) for _ in range(draw.randint(1, 5))], draw.choice([16, 64, 128])),
+        right=_tiles,
+        mistakes={
+            "Those are the tiles of one causal row, in which documents see each other": (
+                lambda documents, block: _tiles([sum(documents)], block)
+            ),
+            "Tiles above the diagonal are never touched": (
+                lambda documents, block: sum((-(-length // block)) ** 2 for length in documents)
+            ),
+            "A begun tile is a tile: round up": (
+                lambda documents, block: sum((n // block) * (n // block + 1) // 2 for n in documents)
+            ),
+        },
+        hints=(
             "Each document has its own tiles, which begin at its first token.",
             "A document of n blocks has a triangle of tiles: 1 + 2 + ... + n.",
-            "n is the length divided by BLOCK, rounded up; add n * (n + 1) / 2 over the documents.",
+            "n is the length divided by the block, rounded up; add n * (n + 1) / 2 over the documents.",
         ),
     ),
     "5": Exercise(
-        "Write leaks(call): run call([first, second]) as often as you like, and say whether a document sees the other.",
-        _check_leaks,
-        (
+        name="leaks",
+        minutes=15,
+        example=(_as_array("D"),),
+        draw=_calls,
+        right=lambda call_packed: _moves(call_packed, behind=True, in_front=True),
+        mistakes={
+            "The document in front may hear of the one behind it; you look in the other direction only": (
+                lambda call_packed: _moves(call_packed, behind=True, in_front=False)
+            ),
+            "The document behind may hear of the one in front; you look in the other direction only": (
+                lambda call_packed: _moves(call_packed, behind=False, in_front=True)
+            ),
+            "A document's own logits move when it is changed itself; look at the rows of the other one": (
+                lambda call_packed: True
+            ),
+            "This call leaks, and your test does not notice": lambda call_packed: False,
+        },
+        hints=(
             "Change one document and look at the logits of the other. Which rows of the logits belong to which?",
             "Look in both directions, and allow for rounding: a difference of 1e-4 is not a leak.",
             "Run [a, b], [a + 1, b] and [a, b + 1]; compare rows len(a): of the first two, rows :len(a) of 1 and 3.",
         ),
+        cases=7,
     ),
 }
