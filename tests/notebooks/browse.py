@@ -31,7 +31,6 @@ SETTINGS = {
 UNFINISHED = (
     "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].filter(e => e.innerText.includes('*')).length"
 )
-RUN = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].filter(e => /\\\\d/.test(e.innerText)).length"
 
 
 @contextmanager
@@ -78,9 +77,15 @@ def read(page: Any, url: str, name: str, out: Path | None) -> dict[str, Any]:
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=120_000)
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=120_000)
     cells = page.locator(".jp-CodeCell").count()
-    page.click("li.lm-MenuBar-item:has-text('Run')")
-    page.click("li.lm-Menu-item[data-command='runmenu:run-all']")
-    page.wait_for_function(f"{UNFINISHED} > 0", timeout=60_000)
+    for _ in range(12):  # a kernel that has just said it is idle may not be connected to the page yet
+        page.click("li.lm-MenuBar-item:has-text('Run')")
+        page.click("li.lm-Menu-item[data-command='runmenu:run-all']")
+        page.wait_for_timeout(5000)
+        if page.locator(".jp-Dialog").count():  # then it asks which kernel to take
+            page.click(".jp-Dialog button.jp-mod-accept")
+            page.wait_for_timeout(3000)
+        if page.evaluate(f"{UNFINISHED} > 0"):
+            break
     page.wait_for_function(f"{UNFINISHED} === 0", timeout=LONG)
     found: dict[str, Any] = {"notebook": name, "cells": cells, "shots": []}
     found["errors"] = page.locator(
