@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from minituner.data.conversation import Conversation, Message
-from minituner.data.tokenized import IGNORE_INDEX
+from minituner.data.tokenized import IGNORE_INDEX, MAX_TOKEN_ID
 from minituner.errors import DataError
 
 
@@ -31,14 +31,16 @@ def tokenized(record: Mapping[str, Any]) -> Conversation:
     if record.get("tokens") is not None:
         signed = _ids(record, "tokens")
         ids, trained = np.abs(signed), signed > 0
-        for index in record.get("zero_trained") or ():
-            trained[index] = True
+        zeros = _ids(record, "zero_trained") if record.get("zero_trained") is not None else np.empty(0, np.int64)
+        if wrong := [int(at) for at in zeros if not 0 <= at < len(ids) or ids[at]]:
+            raise DataError(f"zero_trained: {wrong[0]} is not the place of a token 0 in this record")
+        trained[zeros] = True
     else:
         ids = _ids(record, "input_ids")
         if len(ids) and ids.min() < 0:
             raise DataError(f"input_ids: {int(ids.min())} is no token", fix="signed ids belong in a column `tokens`")
         trained = _trained(ids, _ids(record, "labels")) if record.get("labels") is not None else np.ones(len(ids), bool)
-        if record.get("attention_mask") is not None and not np.all(np.asarray(record["attention_mask"])):
+        if record.get("attention_mask") is not None and not np.all(_ids(record, "attention_mask")):
             raise DataError(
                 "attention_mask: this row is padded", fix="write rows without padding: packing does the rest"
             )
@@ -69,9 +71,14 @@ def _ids(record: Mapping[str, Any], column: str) -> np.ndarray:
     value = record.get(column)
     if not isinstance(value, list | np.ndarray):
         raise DataError(f"{column}: expected a list of token ids, found {type(value).__name__}")
-    array = np.asarray(value) if len(value) else np.empty(0, np.int64)
+    try:
+        array = np.asarray(value) if len(value) else np.empty(0, np.int64)
+    except ValueError:  # lists of different lengths inside
+        array = np.empty((0, 0))
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(f"{column}: expected a list of whole numbers")
+    if len(array) and max(-int(array.min()), int(array.max())) > MAX_TOKEN_ID:
+        raise DataError(f"{column}: a number beyond {MAX_TOKEN_ID} is no token id")
     return array.astype(np.int64)
 
 

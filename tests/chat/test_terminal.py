@@ -108,6 +108,7 @@ def test_a_real_interrupt_signal_stops_the_answer_while_the_model_computes(
             os.kill(os.getpid(), signal.SIGINT)
 
     session.model.register_forward_pre_hook(interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     typed(["Hi", "/again"], monkeypatch)
     run(session)
     out = capsys.readouterr().out

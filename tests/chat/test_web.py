@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -218,7 +219,12 @@ def test_the_command_refuses_before_it_loads_and_serves_until_it_is_interrupted(
     assert "--share-token" in done.stderr
     port = free_port()
     with subprocess.Popen(
-        [*command, str(model_folder), "--port", str(port)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, str(model_folder), "--port", str(port)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs start with it ignored, and so do their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:
         try:
             lines = []

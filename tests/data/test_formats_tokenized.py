@@ -59,6 +59,14 @@ def test_signed_ids_say_the_same(pairs: list[tuple[int, bool]]) -> None:
         ({"input_ids": "5 6"}, "expected a list of token ids, found str"),
         ({"text": "5 6"}, "input_ids: expected a list of token ids, found NoneType"),
         ({"input_ids": [5, 0], "attention_mask": [1, 0]}, "this row is padded"),
+        ({"input_ids": [5, 0], "attention_mask": "11"}, "attention_mask: expected a list"),
+        ({"input_ids": [[5], [6, 7]]}, "whole numbers"),
+        ({"input_ids": [2**31]}, "is no token id"),
+        ({"tokens": [-(2**63)]}, "is no token id"),
+        ({"tokens": [5, 0], "zero_trained": [2]}, "zero_trained: 2 is not the place of a token 0"),
+        ({"tokens": [5, 0], "zero_trained": [0]}, "zero_trained: 0 is not the place of a token 0"),
+        ({"tokens": [5, 0], "zero_trained": True}, "zero_trained: expected a list"),
+        ({"tokens": [], "zero_trained": "0"}, "zero_trained: expected a list"),
     ],
 )
 def test_what_would_train_something_else_is_refused(row: dict[str, Any], said: str) -> None:
