@@ -22,14 +22,15 @@ from typing import Any
 
 import torch
 
-from minituner.model.fused_lora import fuse_lora, is_plain
-from minituner.model.fused_norm import fuse_norms, is_rms_norm
-from minituner.model.fused_swiglu import fuse_swiglu, is_swiglu
+from minituner.model.fused_lora import fused_lora, is_plain
+from minituner.model.fused_norm import fused_norm, is_rms_norm
+from minituner.model.fused_swiglu import fused_swiglu, is_swiglu
 
-KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], int]]] = {
-    "lora": (is_plain, fuse_lora),
-    "swiglu": (is_swiglu, fuse_swiglu),
-    "norm": (is_rms_norm, fuse_norms),
+# name: which layers it is for, and the class that such a layer's class becomes
+KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
+    "lora": (is_plain, fused_lora),
+    "swiglu": (is_swiglu, fused_swiglu),
+    "norm": (is_rms_norm, fused_norm),
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative to the largest value
 
@@ -40,31 +41,42 @@ def fuse(model: Any, wanted: Sequence[str]) -> str:
         return "fused: nothing, as parameters lie in pieces (ZeRO-3) that only the layers' own forward gathers"
     done, left = [], []
     for name in wanted:
-        applies, apply = KINDS[name]
-        layers = [module for module in model.modules() if applies(module)]
+        layers, fused = layers_of(model, name), KINDS[name][1]
         examples = {type(layer): layer for layer in layers}.values()
-        if wrong := [type(layer).__name__ for layer in examples if not same(layer, apply)]:
+        if wrong := [type(layer).__name__ for layer in examples if not same(layer, fused)]:
             left.append(f"{name} ({', '.join(wrong)} computes something else)")
         elif layers:
-            done.append(f"{apply(model)} {name}")
+            replace_classes(layers, fused)
+            done.append(f"{len(layers)} {name}")
     text = f"fused: {', '.join(done) or 'nothing'}"
     return text + (f"; left alone: {', '.join(left)}" if left else "")
 
 
-def same(layer: Any, apply: Callable[[Any], int]) -> bool:
-    """True if `layer` gives the same output and input gradient before and after `apply`; it is left as it was."""
+def layers_of(model: Any, name: str) -> list[Any]:
+    """The layers of `model` that the kind `name` is for."""
+    return [module for module in model.modules() if KINDS[name][0](module)]
+
+
+def replace_classes(layers: Sequence[Any], fused: Callable[[Any], Any]) -> None:
+    """Let `layers` compute fused, in place: one new class for each of theirs; parameters keep their names."""
+    classes = {kind: fused(kind) for kind in {type(layer) for layer in layers}}
+    for layer in layers:
+        layer.__class__ = classes[type(layer)]
+
+
+def same(layer: Any, fused: Callable[[Any], Any]) -> bool:
+    """True if `layer` gives the same output and input gradient as it is and fused; it is left as it was."""
     width = getattr(layer, "in_features", None) or getattr(layer, "hidden_size", None)
     first = next(p for p in layer.parameters() if p.is_floating_point())
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 8, width or len(first), generator=draw).to(first.device, first.dtype)
-    was = {module: type(module) for module in layer.modules()}
+    was = type(layer)
     before = _both_ways(layer, x)
     try:
-        apply(layer)
+        replace_classes([layer], fused)
         after = _both_ways(layer, x)
     finally:
-        for module, kind in was.items():
-            module.__class__ = kind
+        layer.__class__ = was
     allowed = TOLERANCE.get(x.dtype, 0.0)
     return all(float((a - b).abs().max()) <= allowed * float(a.abs().max()) for a, b in zip(before, after, strict=True))
 

@@ -70,18 +70,6 @@ def whole(weight: torch.Tensor, quantization: Any, dtype: torch.dtype) -> torch.
     return dequantize_4bit(weight.view(-1, 1), quantization).to(dtype)
 
 
-def fuse_lora(model: Any) -> int:
-    """Let every plain LoRA layer of `model` compute in one function; returns how many there are.
-
-    In place: parameters keep their names, and a layer that is asked for something special answers as peft's.
-    """
-    layers = [layer for layer in model.modules() if is_plain(layer)]
-    fused = {kind: _fused(kind) for kind in {type(layer) for layer in layers}}
-    for layer in layers:
-        layer.__class__ = fused[type(layer)]
-    return len(layers)
-
-
 def is_plain(layer: Any) -> bool:
     """True for peft's LoRA over an ordinary or a 4-bit linear layer."""
     from peft.tuners.lora import Linear
@@ -94,7 +82,7 @@ def is_plain(layer: Any) -> bool:
     return type(layer) is Linear and type(base) is torch.nn.Linear and not layer.fan_in_fan_out
 
 
-def _fused(kind: Any) -> Any:
+def fused_lora(kind: Any) -> Any:
     """A subclass of peft's layer whose forward is `LoraProduct` where that is all there is to do."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -37,15 +37,6 @@ class RmsNorm(torch.autograd.Function):
         return dx.mul_(r).addcmul_(x, share), None, None
 
 
-def fuse_norms(model: Any) -> int:
-    """Let every RMSNorm of `model` compute by `RmsNorm`; returns how many there are."""
-    norms = [module for module in model.modules() if is_rms_norm(module)]
-    fused = {kind: _fused(kind) for kind in {type(norm) for norm in norms}}
-    for norm in norms:
-        norm.__class__ = fused[type(norm)]
-    return len(norms)
-
-
 def is_rms_norm(module: Any) -> bool:
     """True for what transformers calls an RMSNorm: one frozen weight, one epsilon, nothing inside.
 
@@ -56,7 +47,9 @@ def is_rms_norm(module: Any) -> bool:
     return named and names == {"weight"} and not module.weight.requires_grad
 
 
-def _fused(kind: Any) -> Any:
+def fused_norm(kind: Any) -> Any:
+    """A subclass of a model's own RMSNorm that computes by `RmsNorm` where gradients are wanted."""
+
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         half = hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32
         if half or not torch.is_grad_enabled():

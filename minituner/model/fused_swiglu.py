@@ -35,15 +35,6 @@ class SiluProduct(torch.autograd.Function):
         return torch.ops.aten.silu_backward(upstream * up, gate), du
 
 
-def fuse_swiglu(model: Any) -> int:
-    """Let every SwiGLU block of `model` multiply by `SiluProduct`; returns how many there are."""
-    blocks = [module for module in model.modules() if is_swiglu(module)]
-    fused = {kind: _fused(kind) for kind in {type(block) for block in blocks}}
-    for block in blocks:
-        block.__class__ = fused[type(block)]
-    return len(blocks)
-
-
 def is_swiglu(module: Any) -> bool:
     """True for down(silu(gate(x)) * up(x)), as transformers writes it for Llama, Qwen, Mistral and their kin."""
     parts = {name for name, _ in module.named_children()}
@@ -52,7 +43,9 @@ def is_swiglu(module: Any) -> bool:
     return type(module.act_fn) is torch.nn.SiLU or type(module.act_fn).__name__ == "SiLUActivation"
 
 
-def _fused(kind: Any) -> Any:
+def fused_swiglu(kind: Any) -> Any:
+    """A subclass of a model's own block that multiplies by `SiluProduct` where gradients are wanted."""
+
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return kind.forward(self, x)

@@ -36,7 +36,7 @@ from minituner.errors import MinitunerError
 from minituner.model import attention
 from minituner.model.adapters import QUANTIZED, apply_method
 from minituner.model.attention import packed_kwargs
-from minituner.model.fused import KINDS
+from minituner.model.fused import KINDS, layers_of, replace_classes
 from minituner.model.head import Head
 from minituner.model.loss import loss_at
 from minituner.plan.flops import ModelFlops, model_flops
@@ -99,7 +99,7 @@ class Paper:
         self.mode = FakeTensorMode()
         if not (recipe.distributed.zero or "").startswith("zero3"):
             for kind in recipe.train.fused:  # as in a run, without the proof, which needs numbers
-                KINDS[kind][1](model)
+                replace_classes(layers_of(model, kind), KINDS[kind][1])
         _to_fake(model, self.mode)
         model.config.use_cache = False
         self.model = model.train()
