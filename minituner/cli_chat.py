@@ -40,6 +40,7 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model, exactly the way it was trained."""
+    from minituner.collection import collection_paused
     from minituner.errors import UsageError
 
     if system_template is not None:
@@ -48,29 +49,30 @@ def chat(
         if system is not None:
             raise UsageError("--system and --system-template both name a system text", fix="leave one out")
         system = system_prompt(system_template)
-    from minituner.chat.session import open_session
-    from minituner.chat.terminal import Talk, answer, run, show
-
     if temperature == 0 and (top_p != 0.9 or top_k or seed is not None):
         print("temperature 0 takes the likeliest token: --top-p, --top-k and --seed change nothing", file=sys.stderr)
-    session = open_session(
-        model,
-        adapter=list(adapter or ()),
-        template=template,
-        system=system,
-        say=lambda line: print(line, file=sys.stderr),
-        dtype=dtype,
-        bits=bits,
-        compare=compare,
-        trust_remote_code=trust_remote_code,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        stop_words=tuple(stop_words or ()),
-        seed=seed,
-    )
+    with collection_paused():
+        from minituner.chat.session import open_session
+        from minituner.chat.terminal import Talk, answer, run, show
+
+        session = open_session(
+            model,
+            adapter=list(adapter or ()),
+            template=template,
+            system=system,
+            say=lambda line: print(line, file=sys.stderr),
+            dtype=dtype,
+            bits=bits,
+            compare=compare,
+            trust_remote_code=trust_remote_code,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            stop_words=tuple(stop_words or ()),
+            seed=seed,
+        )
     if prompt is None:
         run(session, compare=compare)
     elif compare:
