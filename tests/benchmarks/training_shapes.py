@@ -178,7 +178,8 @@ def medians(rows: dict[Any, list[tuple[float, float]]]) -> dict[Any, float]:
 
 def draw(figures: dict[str, Any], file: Path) -> None:
     """Tokens a second against the size of the pack."""
-    from minituner.viz.picture import PALETTE, frame, new_figure
+    from minituner.viz.picture import frame, new_figure
+    from minituner.viz.style import PALETTE
 
     figure = new_figure(6, 3.2)
     axes = figure.subplots()
