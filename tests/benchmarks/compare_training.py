@@ -160,7 +160,9 @@ def compare_group(
             continue
         figures = figures_of(rows[peer]) | workers[peer].facts
         reach = workers[peer].ask("isolation")
-        figures["documents_see_each_other"] = reach["first_token_reaches"] > longest + 1  # LLaMA-Factory's line break
+        # One more for LLaMA-Factory's line break. A row no longer than a document can be tells nothing.
+        sees = reach["first_token_reaches"] > longest + 1 if reach["row"] > longest + 1 else None
+        figures["documents_see_each_other"] = sees
         figures["ratio"] = round(own["tokens_per_second"] / figures["tokens_per_second"], 3)
         figures["memory_ratio"] = round(own["peak_memory_gb"] / figures["peak_memory_gb"], 3)
         result["peers"][peer] = figures | reach
