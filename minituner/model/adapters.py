@@ -26,6 +26,8 @@ from minituner.model.residual import moves_the_base, remember_start
 from minituner.recipe import MethodSection
 
 QUANTIZED = ("qlora", "int8_lora")
+# For mixtures of experts: peft adapts the experts too, by adding B A to a copy of all their weights in every step.
+ON_ATTENTION = r".*\.self_attn\.[a-z_]*_proj[a-z_]*"
 
 
 def apply_method(model: Any, method: MethodSection, *, activation_checkpointing: bool = False) -> Any:
@@ -59,7 +61,17 @@ def apply_method(model: Any, method: MethodSection, *, activation_checkpointing:
         with warnings.catch_warnings():
             # peft 0.21 asks transformers 5.23 for an attribute under its old name
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-            model = get_peft_model(model, config)
+            try:
+                model = get_peft_model(model, config)
+            except ValueError as error:
+                if "ParamWrapper" not in str(error):
+                    raise
+                raise UsageError(  # peft takes all-linear to mean the experts too, which are stacked parameters
+                    f"adapters on this model's experts cannot be had with these settings: {error}",
+                    why="for dropout the input of each matrix would be needed, and experts are one stack of matrices",
+                    fix="method.lora_dropout=0 and method.use_dora=false; or adapters on attention only, which takes"
+                    f" far less memory: method.target_modules='{ON_ATTENTION}'",
+                ) from None
         if moves_the_base(method):
             remember_start(model)
     if activation_checkpointing:

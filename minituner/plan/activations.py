@@ -20,7 +20,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from minituner.model.attention import packed_kwargs
 from minituner.model.fused import KINDS, layers_of, replace_classes
 from minituner.model.head import Head
 from minituner.model.loss import loss_at
+from minituner.plan.experts import GroupedProducts, idle_parameters
 from minituner.plan.flops import ModelFlops, model_flops
 from minituner.recipe import MethodSection, Recipe
 
@@ -89,6 +90,7 @@ class Paper:
         self.dtype, self.method = dtype, recipe.method
         self.quantised = _quantise(model) if recipe.method.name in QUANTIZED else []
         self.base_parameters = sum(p.numel() for p in model.parameters())
+        self.idle_parameters = idle_parameters(model)
         self.vocabulary = config.get_text_config().vocab_size
         # Every start of A and B takes the same memory; some are computed from weights, which are not here.
         method = MethodSection(**{**recipe.method.model_dump(), "init_lora_weights": True})
@@ -135,7 +137,7 @@ class Paper:
         known = [*self.model.parameters(), *self.model.buffers(), *grads]
         batch, keep, targets = self._batch(seq_lens, supervised)
         head = None if whole_logits else self.head
-        with self.mode, _Alive(known) as alive, _notices_gradients(trained, alive):
+        with self.mode, self._grouped(), _Alive(known) as alive, _notices_gradients(trained, alive):
             if head is not None:
                 hidden = head.hidden(batch, self.implementation)
                 kept = alive.total
@@ -161,6 +163,9 @@ class Paper:
             batch = Batch(row, row.clone(), row.clone(), cu, lengths, supervised, sum(lengths))
             return batch, keep, keep.clone()
 
+    def _grouped(self) -> AbstractContextManager[Any]:
+        return GroupedProducts() if self.idle_parameters else nullcontext()
+
     def _find_head(self) -> Head | None:
         """The model's two halves, if its logits take exactly the operations of the one and then the other.
 
@@ -174,7 +179,7 @@ class Paper:
         frozen = plain and not any(p.requires_grad for p in linear.parameters())
         head = Head(base.get_decoder(), linear, frozen)
         batch, _, _ = self._batch([2], 1)
-        with self.mode, torch.no_grad():
+        with self.mode, self._grouped(), torch.no_grad():
             with _Operations() as halves:
                 linear(head.hidden(batch, self.implementation))
             with _Operations() as whole:

@@ -51,6 +51,8 @@ class Estimate:
     dtype: str
     parameters: int
     trained: int
+    active: int
+    """Parameters that work on one token: all, but for a mixture of experts."""
     parts: dict[str, float]
     host: float
     stages: dict[str, dict[str, float]]
@@ -122,7 +124,7 @@ def estimate(
     Raises:
         UsageError: settings that contradict each other. SourceError: the model's config cannot be had.
     """
-    from minituner.plan.remedies import remedies
+    from minituner.plan.remedies import QUANTIZED, remedies
 
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     chosen = find_card(card) if card else None
@@ -139,7 +141,7 @@ def estimate(
     stage = _stage(recipe)
     parts, host = plans.parts(recipe, work.fullest, stage), plans.host(recipe, stage)
     names = list(STAGES) if world_size > 1 and recipe.train.optimizer == "adamw" else [stage]
-    if recipe.method.name in ("qlora", "int8_lora"):
+    if recipe.method.name in QUANTIZED:
         names = [name for name in names if not name.startswith("zero3")]
     stages = {name: plans.parts(recipe, work.fullest, name) for name in names}
     # A probe's rate is in model FLOPs, which do not count what is computed twice; a card's counts every operation.
@@ -154,6 +156,10 @@ def estimate(
     if limit is not None and sum(parts.values()) > HEADROOM * limit:
         changes = remedies(plans, recipe, work.fullest, HEADROOM * limit)
     notes = [work.note] if work.note else []
+    if sizes.idle and recipe.method.name in QUANTIZED:
+        notes.append(
+            f"{recipe.method.name} quantises linear layers; a mixture's experts are stacks, and stay as they are"
+        )
     if device == "cuda":
         notes.append("GPU memory is predicted and was not measured: kernels keep a little less than counted here")
     return Estimate(
@@ -165,6 +171,7 @@ def estimate(
         dtype=plans.dtype_name(recipe),
         parameters=sizes.parameters,
         trained=sizes.trained,
+        active=sizes.parameters - sizes.idle,
         parts=parts,
         host=host,
         stages=stages,
@@ -219,7 +226,8 @@ class Plans:
 
     def sizes(self, recipe: Recipe) -> Sizes:
         """Parameters and bytes of the model with its method."""
-        return Sizes.of(self._paper(recipe), eight_bit=recipe.train.optimizer == "adamw_8bit")
+        fused = "lora" in recipe.train.fused and not recipe.method.use_dora and not recipe.method.lora_dropout
+        return Sizes.of(self._paper(recipe), eight_bit=recipe.train.optimizer == "adamw_8bit", fused=fused)
 
     def flops(self, recipe: Recipe, work: Workload, *, recompute: bool) -> float | None:
         """Model FLOPs of the whole run; with `recompute`, also what activation checkpointing does a second time."""
@@ -234,7 +242,9 @@ class Plans:
         from minituner.plan.activations import Paper
 
         dtype = self.dtype_name(recipe)
-        key = (recipe.method.model_dump_json(), recipe.train.activation_checkpointing, dtype)
+        whole = not (recipe.distributed.zero or "").startswith("zero3")
+        fused = tuple(recipe.train.fused) if whole else ()
+        key = (recipe.method.model_dump_json(), recipe.train.activation_checkpointing, dtype, fused)
         if key not in self._papers:
             self._papers[key] = Paper(self.folder, recipe, getattr(torch, dtype))
         return self._papers[key]

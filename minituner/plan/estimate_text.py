@@ -9,6 +9,7 @@ Lesson: notebook 08.
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from minituner.plan.memory import PARTS
@@ -39,7 +40,8 @@ def lines_of(plan: Estimate) -> list[str]:
     out = [
         f"{plan.recipe.name}: {plan.recipe.method.name} on {plan.world_size} x {where}, weights in {plan.dtype}",
         f"parameters     {plan.parameters:,}, of which {plan.trained:,} are trained "
-        f"({plan.trained / plan.parameters:.2%})",
+        f"({plan.trained / plan.parameters:.2%})"
+        + (f"; {plan.active:,} work on one token" if plan.active < plan.parameters else ""),
         f"micro-batch    {row.tokens:,} tokens at most, {len(row.seq_lens)} documents, {row.supervised:,} targets",
         *_work(plan),
         "",
@@ -57,7 +59,7 @@ def lines_of(plan: Estimate) -> list[str]:
         out += ["", "what would make it fit, the cheapest first (tried on paper):", *_change_table(plan.changes)]
         best = plan.cheapest
         if best:
-            out.append("  next: minituner train RECIPE " + " ".join(best.overrides))
+            out.append("  next: minituner train RECIPE " + shlex.join(best.overrides))
         else:
             out.append("  none of them is enough: more or larger devices, or a smaller model")
     if plan.probe is not None:
@@ -110,6 +112,7 @@ def values_of(plan: Estimate) -> dict[str, Any]:
         "dtype": plan.dtype,
         "parameters": plan.parameters,
         "trained": plan.trained,
+        "active_parameters": plan.active,
         "micro_batch": {
             "tokens": plan.row.tokens,
             "documents": len(plan.row.seq_lens),

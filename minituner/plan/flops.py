@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # Layers that read the same input: nothing trained lies between them. Others of a block follow one another.
 SIBLINGS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv"}
+SIBLINGS |= {"q_a_proj": "qkv", "kv_a_proj_with_mqa": "qkv"}  # latent attention
 SIBLINGS |= {"gate_proj": "gate_up", "up_proj": "gate_up", "w1": "gate_up", "w3": "gate_up"}
 
 
@@ -97,8 +98,7 @@ def model_flops(model: Any, *, flows_to_embedding: bool = False) -> ModelFlops:
         else:
             per_token += cost
             forward += 0.0 if product.head else 2 * product.size
-    heads = getattr(config, "num_attention_heads", None) or 0  # a model without attention has no pairs
-    width = heads and heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = _attention_width(config)
     pairs = 4 * width * config.num_hidden_layers
     # Attention has a backward pass where its queries, keys or values have one.
     entries = {p.layer: p.stage for p in products if p.attention_input and p.layer is not None}
@@ -106,11 +106,25 @@ def model_flops(model: Any, *, flows_to_embedding: bool = False) -> ModelFlops:
     return ModelFlops(per_token, per_supervised, pairs + 8 * width * with_backward, forward, pairs)
 
 
+def _attention_width(config: Any) -> float:
+    """Mean width of queries and values over all heads: a pair costs 2 d for its score and 2 d for its value.
+
+    With latent attention (DeepSeek) queries are wider than values; elsewhere both have the head's dimension.
+    """
+    heads = getattr(config, "num_attention_heads", None) or 0  # a model without attention has no pairs
+    if heads and getattr(config, "qk_nope_head_dim", None):
+        return heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
+    return heads and heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
 def _products(model: Any, config: Any) -> Iterator[_Product]:
     """Every matrix product with weights, in the order in which the model computes them; the head is last."""
     head = model.get_output_embeddings()
     head_parts = {id(part) for part in head.modules()} if head is not None else set()
     stages: dict[tuple[str, str], int] = {}
+    # Adapters on parameters that no linear layer holds (experts, their router): B A is added to them once a step,
+    # whatever the number of tokens, and the gradient of all their weights is computed on the way to A and B.
+    wrapped = {n.replace(".base_layer", "") for n, m in model.named_modules() if type(m).__name__ == "ParamWrapper"}
     for name, module in model.named_modules():
         if "original_module" in name:  # peft keeps it beside the copy that is trained; it is not computed
             continue
@@ -119,7 +133,10 @@ def _products(model: Any, config: Any) -> Iterator[_Product]:
             continue
         path = name.split(".")
         adapter = next((part for part in path if part.startswith("lora_")), "")
-        path = path[: path.index(adapter)] if adapter else [p for p in path if p != "base_layer"]
+        path = [p for p in (path[: path.index(adapter)] if adapter else path) if p != "base_layer"]
+        is_wrapped = ".".join(path) in wrapped
+        if adapter and is_wrapped:
+            continue
         at = next((i for i, part in enumerate(path) if part.isdigit()), None)
         own = [part for part in path if part not in ("modules_to_save", "default")][-1]
         is_head = id(module) in head_parts
@@ -127,7 +144,7 @@ def _products(model: Any, config: Any) -> Iterator[_Product]:
             ("", "head") if is_head else (".".join(path[: at + 1] if at is not None else path), SIBLINGS.get(own, own))
         )
         stage = stages.setdefault(key, len(stages)) if not is_head else 1 << 30
-        trained = any(p.requires_grad for p in module.parameters(recurse=False))
+        trained = is_wrapped or any(p.requires_grad for p in module.parameters(recurse=False))
         for size in sizes:
             yield _Product(
                 stage,
@@ -145,15 +162,18 @@ def _sizes(name: str, module: Any, config: Any) -> list[float]:
     """in * out of the products that this module computes itself; packed 4-bit weights count with their real shape."""
     import torch
 
+    from minituner.plan.experts import experts_for_a_token, stacks
+
     if isinstance(module, torch.nn.Linear):
         return [module.in_features * module.out_features]
     if type(module).__name__ == "Conv1D":  # GPT-2's linear layer
         return [module.weight.numel()]
-    if name.endswith("experts"):  # a token visits a few of them
-        share = getattr(config, "num_experts_per_tok", 1)
-        stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
-        shapes = [getattr(stack, "ds_shape", stack.shape) for stack in stacks]  # ZeRO-3 leaves a rank with a piece
-        return [share * shape.numel() / shape[0] for shape in shapes]
+    if stacked := [getattr(stack, "ds_shape", stack.shape) for stack in stacks(name, module)]:
+        # A token visits a few of the experts. (ZeRO-3 leaves a rank with a piece, and the whole shape beside it.)
+        return [experts_for_a_token(config) * shape.numel() / shape[0] for shape in stacked]
+    if type(module).__name__.endswith("Router"):  # a linear layer that is none: it chooses the experts
+        weights = [getattr(p, "ds_shape", p.shape) for p in module.parameters(recurse=False)]
+        return [shape.numel() for shape in weights if len(shape) == 2]
     return []
 
 

@@ -46,8 +46,9 @@ REDUCE_BUCKET, MAX_LIVE = PRESETS["zero2"]["reduce_bucket_size"], 1_000_000_000
 PROGRAM, PROGRAM_DEEPSPEED = 0.55e9, 0.65e9
 # Adapters' small gradients lie scattered among the activations on a CPU, and the C library (glibc) can hand back little
 # of what lies between: for each byte of activations so many more stay resident. Measured with 6 and 30 layers and rows
-# of 256 and 512 (1.3 to 1.5); with MALLOC_MMAP_THRESHOLD_=65536 in the environment they are all but gone.
-FRAGMENTS = 1.45
+# of 256 and 512 (1.3 to 1.5); with MALLOC_MMAP_THRESHOLD_=65536 in the environment they are all but gone. Fused LoRA
+# layers make less between their gradients: 0.4 to 0.7 with rows of 512 and 1,024; 0.7 to 1.1 where DeepSpeed collects.
+FRAGMENTS, FRAGMENTS_FUSED, FRAGMENTS_FUSED_DEEPSPEED = 1.45, 0.5, 1.0
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,15 @@ class Sizes:
     """Of quantised layers before they were: they pass through memory while the model is loaded."""
     adapters: bool
     """Trained are small matrices beside frozen ones."""
+    idle: int
+    """Parameters of experts that do not work on a given token."""
     eight_bit: bool
     """The optimizer keeps its averages in 8 bits."""
+    fused: bool
+    """LoRA's layers are fused (model/fused.py); stage 3 leaves them as they are."""
 
     @classmethod
-    def of(cls, paper: Paper, *, eight_bit: bool) -> Sizes:
+    def of(cls, paper: Paper, *, eight_bit: bool, fused: bool) -> Sizes:
         """Of a model on paper."""
         trained = paper.trained
         return cls(
@@ -80,7 +85,9 @@ class Sizes:
             largest_trained=max(p.numel() for p in trained),
             unpacked_bytes=float(sum(layer.weight.nbytes for layer in paper.quantised)),
             adapters=paper.method.name != "full",
+            idle=paper.idle_parameters,
             eight_bit=eight_bit,
+            fused=fused,
         )
 
 
@@ -121,7 +128,9 @@ def rank_bytes(
         # weights that stage 3 gathers for the forward pass and again for the backward pass.
         passing = whole * (number > 0) + sizes.unpacked_bytes
         passing += (sizes.frozen_bytes + whole) * _live(sizes) * (number == 3)
-        backward["fragments"] = passing + FRAGMENTS * step.peak["activations"] * sizes.adapters
+        fused = FRAGMENTS_FUSED_DEEPSPEED if number else FRAGMENTS_FUSED
+        scattered = fused if sizes.fused and number < 3 else FRAGMENTS
+        backward["fragments"] = passing + scattered * step.peak["activations"] * sizes.adapters
         return {part: max(backward.get(part, 0.0), update.get(part, 0.0)) for part in PARTS}
     worst = max(backward, update, key=lambda parts: sum(parts.values()))
     return {part: worst.get(part, 0.0) for part in PARTS}

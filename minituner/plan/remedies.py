@@ -17,14 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from minituner.model.adapters import ON_ATTENTION, QUANTIZED
 from minituner.plan.memory import STAGES
 from minituner.plan.workload import Row
 from minituner.recipe import Recipe
 
 if TYPE_CHECKING:
     from minituner.plan.estimate import Change, Plans
-
-QUANTIZED = ("qlora", "int8_lora")
 
 
 def remedies(plans: Plans, recipe: Recipe, row: Row, budget: float) -> tuple[Change, ...]:
@@ -35,7 +34,7 @@ def remedies(plans: Plans, recipe: Recipe, row: Row, budget: float) -> tuple[Cha
     tried: list[Change] = []
     together: list[str] = []
     costs: list[str] = []
-    for name, cost, overrides in _candidates(recipe, plans.world_size):
+    for name, cost, overrides in _candidates(recipe, plans):
         size = _peak(plans, changed(recipe, overrides), resized(row, recipe, overrides))
         tried.append(Change(name, cost, tuple(overrides), size, size <= budget))
         if size <= budget:
@@ -71,8 +70,8 @@ def resized(row: Row, recipe: Recipe, overrides: list[str]) -> Row:
     return Row(tuple(lengths), max(1, round(row.supervised * share)))
 
 
-def _candidates(recipe: Recipe, world_size: int) -> Iterator[tuple[str, str, list[str]]]:
-    train, method, zero = recipe.train, recipe.method.name, recipe.distributed.zero
+def _candidates(recipe: Recipe, plans: Plans) -> Iterator[tuple[str, str, list[str]]]:
+    train, method, zero, world_size = recipe.train, recipe.method.name, recipe.distributed.zero, plans.world_size
     sharded = STAGES.get(zero or "none", (3, False))[0]
     cuts = world_size > 1 and train.optimizer == "adamw"
     for stage in ("zero1", "zero2"):
@@ -88,6 +87,9 @@ def _candidates(recipe: Recipe, world_size: int) -> Iterator[tuple[str, str, lis
         )
     if not train.activation_checkpointing:
         yield "activation checkpointing", "about a third more time", ["train.activation_checkpointing=true"]
+    if method != "full" and recipe.method.target_modules == "all-linear" and plans.sizes(recipe).idle:
+        name = "adapters on attention only"
+        yield name, "a mixture's experts are not adapted", [f"method.target_modules={ON_ATTENTION}"]
     if cuts and sharded < 3 and method not in QUANTIZED and not recipe.method.use_dora:
         yield "ZeRO-3", "weights travel for every micro-batch", ["distributed.zero=zero3"]
     if cuts and zero != "zero2_offload" and sharded < 3:

@@ -25,6 +25,8 @@ from minituner.plan.flops import causal_pairs
 from minituner.recipe import Recipe
 from minituner.train.feed import Feed
 
+# Shapes and tokenizer: all that a plan reads of a model on a hub.
+BESIDE_WEIGHTS = ("config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "*.jinja")
 LOOKED_AT = 64  # of the fullest packs, to find the one with the most targets
 
 
@@ -54,7 +56,7 @@ class Workload:
 
 
 def config_folder(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
-    """A folder with the model's config.json; weights are not needed, and not downloaded from a hub.
+    """A folder with the model's config.json (and tokenizer); weights are not needed, and not downloaded from a hub.
 
     Raises:
         SourceError: the config cannot be had; what was tried, and how to point to a local one.
@@ -71,14 +73,13 @@ def config_folder(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
     if embedded or looks_local or source not in (None, *SOURCES):
         return fetch(name, source=source, revision=recipe.model.revision, say=say)
     repository = entry["hub"] if entry else name
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download
 
-    options = {"filename": "config.json", "revision": recipe.model.revision}
-    try:
-        try:
-            found = hf_hub_download(repository, local_files_only=True, **options)
-        except Exception:  # not in the cache: the client has several types for it, and the hub is asked next
-            found = hf_hub_download(repository, etag_timeout=5, **options)
+    wanted = [*BESIDE_WEIGHTS, *(["*.py"] if recipe.model.trust_remote_code else [])]
+    try:  # it asks the hub once, and takes what is in its cache when there is no answer
+        found = snapshot_download(repository, revision=recipe.model.revision, allow_patterns=wanted, etag_timeout=5)
+        if not (Path(found) / "config.json").is_file():
+            raise FileNotFoundError("there is no config.json")
     except Exception as error:  # the hub's client raises a dozen unrelated types; each is the reason given
         raise SourceError(
             f"the shapes of {name!r} are not known here: its config.json could not be had",
@@ -87,7 +88,7 @@ def config_folder(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
             fix="put the model's config.json, alone, into a folder and give that folder; weights are not needed",
             next_command="minituner estimate RECIPE model.name_or_path=FOLDER",
         ) from error
-    return Path(found).parent
+    return Path(found)
 
 
 def workload_of(recipe: Recipe, folder: Path, world_size: int, say: Callable[[str], None] = print) -> Workload:

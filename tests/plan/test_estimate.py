@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from minituner import Recipe, estimate, train
 from minituner.data.collate import collate
 from minituner.errors import SourceError, UsageError
-from minituner.model.adapters import apply_method
+from minituner.model.adapters import ON_ATTENTION, apply_method
 from minituner.model.attention import PER_DOCUMENT_SDPA
 from minituner.model.fused import fuse
 from minituner.model.head import find_head, probe
 from minituner.model.loading import load_model
 from minituner.plan.activations import PHASES, Paper, _Alive, _notices_gradients
 from minituner.plan.cards import CARDS, find_card, parse_bytes
+from minituner.plan.experts import idle_parameters
+from tests.catalog.test_native_architectures import tiny as mixture
 from tests.tiny import tiny_model, tiny_recipe
 
 LENGTHS = (40, 24, 9)
@@ -76,6 +78,52 @@ def test_shapes_alone_take_what_real_tensors_take(
     assert plan.peak["gradients"] == pytest.approx(real["gradients"], rel=0.02, abs=4096)
 
 
+@pytest.mark.parametrize(
+    ("method", "targets"), [("full", "all-linear"), ("lora", "all-linear"), ("lora", ON_ATTENTION)]
+)
+def test_a_mixture_of_experts_takes_what_real_tensors_take(method: str, targets: str, tmp_path: Path) -> None:
+    """The products of stacked experts, in float32 too, where torch's own shape rule refuses them."""
+    mixture("mixtral").save_pretrained(tmp_path)
+    recipe = _recipe(tmp_path, method)
+    recipe.method.target_modules = targets
+    real = _really(tmp_path, recipe, gradients_there=True)
+    paper = Paper(tmp_path, recipe, torch.float32)
+    plan = paper.rehearse(LENGTHS, sum(n - 1 for n in LENGTHS), gradients_there=True)
+    assert sum(plan.peak.values()) == pytest.approx(sum(real.values()), rel=0.02)
+    assert 0 < paper.idle_parameters < paper.base_parameters
+    base_only = estimate(recipe, card="a100-80gb")
+    assert base_only.active == base_only.parameters - paper.idle_parameters
+    assert f"{base_only.active:,} work on one token" in str(base_only)
+
+
+def test_adapters_on_experts_are_seen_to_copy_them_and_attention_alone_is_proposed(tmp_path: Path) -> None:
+    mixture("mixtral").save_pretrained(tmp_path)
+    recipe = _recipe(tmp_path, "lora", checkpointing=True)
+    need = estimate(recipe, gpu_memory="1TB").peak_bytes
+    plan = estimate(recipe, gpu_memory=int(need))
+    assert plan.cheapest.name == "adapters on attention only"
+    assert f"'method.target_modules={ON_ATTENTION}'" in str(plan), "quoted, so that a shell leaves it alone"
+    again = Recipe.from_values(recipe.model_dump(mode="json"), "again", plan.cheapest.overrides)
+    experts = 2 * 3 * 4 * 32 * 64 * 4  # bytes: two layers, three matrices of four experts
+    assert need - estimate(again, gpu_memory="1TB").peak_bytes > experts / 2, "of one layer at a time"
+
+
+# (in all, at work on a token), in 1e9, as published; each is its config class's default
+PUBLISHED = {"mixtral": (46.7, 12.9), "qwen2_moe": (14.3, 2.7), "deepseek_v3": (671, 37.6)}
+
+
+@pytest.mark.parametrize("architecture", PUBLISHED)
+def test_published_mixtures_have_their_published_sizes(architecture: str) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture]())
+    whole = sum(p.numel() for p in model.parameters())
+    published = PUBLISHED[architecture]
+    assert whole / 1e9 == pytest.approx(published[0], rel=0.01)
+    assert (whole - idle_parameters(model)) / 1e9 == pytest.approx(published[1], rel=0.01)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_kept_is_what_autograd_saves(method: str, model_folder: Path) -> None:
     """Another way to count: what autograd itself says it saves in a real forward pass."""
@@ -106,6 +154,7 @@ def paper(model_folder: Path) -> Paper:
     return Paper(model_folder, _recipe(model_folder, "lora"), torch.float32)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tokens=st.integers(8, 300))
 def test_activations_grow_with_tokens_in_a_straight_line(tokens: int, paper: Paper) -> None:
@@ -156,11 +205,31 @@ def test_no_config_says_what_was_tried(monkeypatch: pytest.MonkeyPatch, own_home
     def offline(*_: Any, **__: Any) -> str:
         raise OSError("no route to the hub")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(SourceError) as error:
         estimate(tiny_recipe(Path("some/model"), chats))
     assert "no route to the hub" in error.value.why
     assert "config.json, alone" in error.value.fix
+
+
+def test_of_a_model_on_the_hub_everything_but_the_weights_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, own_home: Path, chats: Path, model_folder: Path
+) -> None:
+    from fnmatch import fnmatch
+
+    asked: dict[str, Any] = {}
+
+    def snapshot(repository: str, **options: Any) -> str:
+        asked.update(options, repository=repository)
+        return str(model_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    plan = estimate(tiny_recipe(Path("some/model"), chats), device="cpu")
+    assert asked["repository"] == "some/model"
+    taken = [f.name for f in model_folder.iterdir() if any(fnmatch(f.name, p) for p in asked["allow_patterns"])]
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= set(taken)
+    assert not [name for name in taken if name.endswith((".safetensors", ".bin", ".py"))]
+    assert plan.workload.steps, "the tokenizer is there, so steps are counted"
 
 
 def test_zero_cuts_what_it_says_and_nothing_else(model_folder: Path, chats: Path, own_home: Path) -> None:
@@ -188,6 +257,7 @@ def test_a_change_that_fits_leads_to_a_plan_that_fits(model_folder: Path, chats:
     assert "next: minituner train RECIPE train.activation_checkpointing=true" in str(plan).replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_when_nothing_is_enough_it_says_so(model_folder: Path, chats: Path, own_home: Path) -> None:
     plan = estimate(tiny_recipe(model_folder, chats), gpu_memory="1kB")
     assert plan.cheapest is None

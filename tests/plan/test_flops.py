@@ -11,10 +11,11 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from minituner.data.collate import Batch, collate
-from minituner.model.adapters import apply_method
+from minituner.model.adapters import ON_ATTENTION, apply_method
 from minituner.model.loss import loss_sum
 from minituner.plan.flops import causal_pairs, compute_dtype, gemm_rate, model_flops
 from minituner.recipe import MethodSection
+from tests.catalog.test_native_architectures import tiny
 from tests.tiny import tiny_model
 
 LENGTH, SUPERVISED = 24, 7
@@ -130,8 +131,38 @@ def test_a_token_visits_few_experts() -> None:
 
     one, two = mixture(4, 1), mixture(4, 2)
     assert two.per_token - one.per_token == 6 * 3 * 16 * 32, "three matrices more"
-    gate = 6 * 16 * 4  # the router grows with the number of experts, the work of the experts does not
-    assert mixture(8, 1).per_token - one.per_token == pytest.approx(gate, abs=gate)
+    router = 6 * 16 * 4  # the router grows with the number of experts, the work of the experts does not
+    assert mixture(8, 1).per_token - one.per_token == router
+
+
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "minicpm3"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_experts_and_latent_attention_are_what_torch_counts(architecture: str, method: str) -> None:
+    """Stacked experts, of which a token visits some, their router, and queries that are wider than values."""
+    model = tiny(architecture)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # one product for each expert, which torch's counter knows
+    section = MethodSection(name=method, lora_rank=4, target_modules=ON_ATTENTION)
+    model = apply_method(model, section)
+    ours = model_flops(model)
+    weights, attention = counted(model)
+    of_attention = ours.per_pair * PAIRS
+    assert of_attention * LENGTH**2 / PAIRS == pytest.approx(attention, rel=0.01)
+    assert ours.of(LENGTH, SUPERVISED, PAIRS) - of_attention == pytest.approx(weights, rel=1e-6)
+
+
+def test_adapted_experts_cost_their_gradient_and_the_adapters_on_them_nothing_a_token() -> None:
+    """peft adds B A to the stack once a step, and computes the gradient of all its weights on the way to A and B."""
+    sections = {"attention": ON_ATTENTION, "experts too": "all-linear"}
+    attention, experts = (
+        model_flops(apply_method(tiny("mixtral"), MethodSection(lora_rank=4, target_modules=targets))).per_token
+        for targets in sections.values()
+    )
+    visited, router = 2 * 3 * 32 * 64, 32 * 4  # two of four experts with three matrices each
+    assert experts - attention == 2 * 2 * (visited + router), "in two layers, 2 for each weight"
 
 
 def test_the_machines_rate_is_measured_once_and_positive() -> None:
