@@ -22,6 +22,7 @@ from minituner.cli_data import data_app
 from minituner.cli_launch import launch_app
 from minituner.cli_migrate import migrate_app
 from minituner.cli_museum import museum_app
+from minituner.cli_options import RecipeName
 from minituner.cli_plan import bench_app, plan_app
 from minituner.cli_web import web_app
 from minituner.errors import MinitunerError, UsageError
@@ -46,7 +47,6 @@ app.add_typer(camp_app, name="camp")
 app.add_typer(launch_app, name="launch")
 app.add_typer(museum_app)  # museum
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (minituner list-cfg) or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, each key.path=value.", metavar="[KEY=VALUE]...")]
 
 
@@ -82,7 +82,7 @@ def quickstart(
 
 @app.command()
 def train(
-    recipe: RecipeArgument,
+    recipe: RecipeName,
     overrides: Overrides = None,
     work_dir: Annotated[Path | None, typer.Option(help="Default: work_dirs/<recipe name>.")] = None,
     resume: Annotated[
@@ -102,9 +102,11 @@ def train(
 ) -> None:
     """Train by a recipe."""
     from minituner.recipe import Recipe
+    from minituner.train.launch import check_launcher, ranks_asked, relaunch
 
     changes = [*(overrides or ()), *([f"distributed.zero={deepspeed}"] if deepspeed else [])]
-    loaded = Recipe.load(recipe, changes)
+    known = check_launcher(launcher)
+    loaded = Recipe.load(recipe, changes, world_size=None if dry_run else ranks_asked(known))
     if inject and dry_run:
         raise UsageError("--inject trains, and --dry-run does not", next_command=f"minituner museum {inject} {recipe}")
     if dry_run:
@@ -117,9 +119,6 @@ def train(
         from minituner.museum.fitting import fitting
 
         fitting(find(inject), loaded)
-    from minituner.train.launch import check_launcher, relaunch
-
-    known = check_launcher(launcher)
     status = relaunch(sys.argv[1:], known)  # the recipe is known to be right: what is wrong is said once, not per rank
     if status is not None:
         raise typer.Exit(status)

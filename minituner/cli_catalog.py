@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from minituner.cli_options import RecipeName
 from minituner.errors import UsageError
 
 catalog_app = typer.Typer()
@@ -44,7 +45,7 @@ def list_models(
 
 @catalog_app.command("copy-cfg")
 def copy_cfg(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name (minituner list-cfg) or a YAML file.")],
+    recipe: RecipeName,
     folder: Annotated[Path, typer.Argument(help="Where to write NAME_copy.yaml.")] = Path("."),
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes, each key.path=value.", metavar="[KEY=VALUE]...")

@@ -2,7 +2,8 @@
 
     minituner convert to-hf CHECKPOINT OUT            minituner convert merge BASE ADAPTER OUT
     minituner convert pth_to_hf CONFIG CHECKPOINT OUT (XTuner's order)      minituner convert merge ADAPTER OUT
-    minituner convert split FOLDER OUT                minituner parity MODEL
+    minituner convert split FOLDER OUT                minituner convert check FOLDER
+    minituner convert gguf FOLDER                     (says how llama.cpp does it)      minituner parity MODEL
 
 Each is thin and calls a function that a notebook can call too. Lesson: notebook 09.
 """
@@ -142,6 +143,17 @@ def convert_check(
         print("\n".join(table(readings)))
     if any(reading.problem for reading in readings):
         raise typer.Exit(1)
+
+
+@convert_app.command("gguf")
+def convert_gguf(
+    folder: Annotated[Path, typer.Argument(help="A full model's folder.")],
+    out: Annotated[Path, typer.Argument(help="Where the .gguf file is to go.")] = Path("model.gguf"),
+) -> None:
+    """Not written here: says how llama.cpp's own converter makes one of the folder (exit 2)."""
+    from minituner.export.serving import refuse_gguf
+
+    refuse_gguf(folder, out)
 
 
 @convert_app.command("deepspeed")

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from minituner.cli_options import RecipeName
 from minituner.errors import UsageError
 
 launch_app = typer.Typer(no_args_is_help=True, help="Write a script that starts training on a cluster.")
@@ -24,7 +25,7 @@ def _launch() -> None:
 
 @launch_app.command("slurm")
 def slurm(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name (minituner list-cfg) or a YAML file.")],
+    recipe: RecipeName,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes, each key.path=value.", metavar="[KEY=VALUE]...")
     ] = None,

@@ -6,6 +6,18 @@ from typing import Annotated
 
 import typer
 
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Recipe names that begin with what was typed, for the shell's completion; files are completed by the shell."""
+    from minituner.catalog.lookup import list_recipes
+
+    return [name for name in list_recipes(incomplete) if name.startswith(incomplete)]
+
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(help="A recipe's name (minituner list-cfg) or a YAML file.", autocompletion=recipe_names),
+]
 Model = Annotated[str, typer.Argument(help="An hf/ folder, a model's folder, or a catalog name.")]
 Adapters = Annotated[
     list[str] | None, typer.Option(help="An adapter to put on MODEL, NAME=FOLDER or FOLDER; several: repeat it.")

@@ -17,6 +17,8 @@ from typing import Annotated
 
 import typer
 
+from minituner.cli_options import RecipeName
+
 plan_app = typer.Typer()
 bench_app = typer.Typer(no_args_is_help=True, help="Measure minituner on this machine; prints JSON.")
 
@@ -37,7 +39,7 @@ def doctor(
 
 @plan_app.command()
 def estimate(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name (minituner list-cfg) or a YAML file.")],
+    recipe: RecipeName,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes, each key.path=value.", metavar="[KEY=VALUE]...")
     ] = None,
@@ -54,7 +56,7 @@ def estimate(
     from minituner.recipe import Recipe
 
     planned = plan(
-        Recipe.load(recipe, overrides or ()),
+        Recipe.load(recipe, overrides or (), world_size=(gpus or 1) * nodes),
         gpus=gpus,
         nodes=nodes,
         gpu_memory=gpu_memory,

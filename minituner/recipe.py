@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -250,8 +251,17 @@ class Recipe(Section):
         return self
 
     @classmethod
-    def load(cls, name_or_file: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
+    def load(
+        cls,
+        name_or_file: str | Path,
+        overrides: Iterable[str] | Mapping[str, Any] = (),
+        *,
+        world_size: int | None = None,
+    ) -> Recipe:
         """Read a recipe by catalog name or YAML file, then apply `key.path=value` overrides.
+
+        Args:
+            world_size: the number of ranks it is to run on, if that is to be checked too.
 
         Raises:
             UsageError: the name or file is unknown, the YAML is broken, or values are wrong (all of them are listed).
@@ -266,20 +276,26 @@ class Recipe(Section):
             from minituner.catalog.lookup import compose
 
             values, origin = compose(text), f"recipe {text!r}"
-        return cls.from_values(values, origin, overrides)
+        return cls.from_values(values, origin, overrides, world_size=world_size)
 
     @classmethod
     def from_values(
-        cls, values: dict[str, Any], origin: str = "recipe", overrides: Iterable[str] | Mapping[str, Any] = ()
+        cls,
+        values: dict[str, Any],
+        origin: str = "recipe",
+        overrides: Iterable[str] | Mapping[str, Any] = (),
+        *,
+        world_size: int | None = None,
     ) -> Recipe:
         """Apply overrides to a plain mapping, check it and return the recipe; every problem is in the one error."""
         for key, value in parse_overrides(overrides):
             set_value(values, key, value)
         try:
             recipe = cls.model_validate(values)
-            problems = [f"  {line}" for line in contradictions(recipe)]
+            problems = [f"  {line}" for line in contradictions(recipe, world_size)]
         except ValidationError as error:
             problems = [_explain(item) for item in error.errors()]
+            problems += [f"  {line}" for line in _among_the_rest(values, error, world_size)]
         if problems:
             raise UsageError(
                 f"{origin}: {len(problems)} problem{'s' if len(problems) != 1 else ''}\n" + "\n".join(problems),
@@ -308,6 +324,22 @@ class Recipe(Section):
             else:
                 lines += [f"# {field.description}", *to_yaml({key: value}).splitlines()]
         return "\n".join(lines) + "\n"
+
+
+def _among_the_rest(values: Mapping[str, Any], error: ValidationError, world_size: int | None) -> list[str]:
+    """Contradictions between the settings that are right one by one; none where the rest is no recipe."""
+    rest = deepcopy(dict(values))
+    for item in error.errors():
+        *place, last = item["loc"] or (None,)
+        holder: Any = rest
+        for part in place:
+            holder = holder.get(part) if isinstance(holder, dict) else None
+        if isinstance(holder, dict):
+            holder.pop(last, None)
+    try:
+        return contradictions(Recipe.model_validate(rest), world_size)
+    except ValidationError:
+        return []
 
 
 def _fields_at(location: Sequence[Any]) -> list[str]:

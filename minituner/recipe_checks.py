@@ -3,12 +3,15 @@
     model.attention=sdpa with data.packing=best_fit      packed documents would see each other
     method.name=qlora with distributed.zero=zero3        4-bit weights cannot be cut into pieces
 
-What depends on the machine (packages, ranks, the model's own length) is checked where it is known, at the start of a
-run, before anything is loaded. Lesson: notebook 08.
+The number of ranks is checked with them where a command knows it (`train`, `estimate`), and the model's own length
+where its config lies here or the catalog knows it. What only the machine or the data tell (packages, the longest
+record) is checked at the start of a run, before anything is loaded. Lesson: notebook 08.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,8 +22,12 @@ NEEDS_HALF = ("flash_attention_2", "flash_attention_3", "varlen")
 REWRITES_BASE = ("pissa", "olora", "orthogonal")
 
 
-def contradictions(recipe: Recipe) -> list[str]:
-    """One line for each pair of settings that cannot be together: what, why, and the change."""
+def contradictions(recipe: Recipe, world_size: int | None = None) -> list[str]:
+    """One line for each pair of settings that cannot be together: what, why, and the change.
+
+    Args:
+        world_size: how many ranks there will be; None where nobody knows yet.
+    """
     found = []
     model, method, data, train, distributed = (
         recipe.model,
@@ -69,4 +76,32 @@ def contradictions(recipe: Recipe) -> list[str]:
             f"train.optimizer=adamw_8bit with distributed.zero={distributed.zero}: its states cannot be cut into"
             " pieces; take train.optimizer=adamw, whose states are cut, or distributed.zero=null"
         )
+    shared = distributed.sequence_parallel_size
+    if world_size is not None and world_size % shared:
+        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+        found.append(
+            f"distributed.sequence_parallel_size={shared}: {ranks} cannot be put into groups of {shared};"
+            f" take distributed.sequence_parallel_size=1, or start a multiple of it (NPROC_PER_NODE={shared};"
+            f" to estimate: --gpus {shared})"
+        )
+    runs_on = data.packing != "none" and not data.isolate_documents
+    context = known_context(model.name_or_path) if runs_on else None
+    if context is not None and data.max_length > context:
+        found.append(
+            f"data.max_length={data.max_length} with data.isolate_documents=false: positions run on through a pack, and"
+            f" the model was made for {context}; take data.max_length={context}, or data.isolate_documents=true"
+        )
     return found
+
+
+def known_context(name_or_path: str) -> int | None:
+    """How many positions a model was made for, by its folder's config.json or the catalog; None if neither says."""
+    from minituner.catalog.lookup import find_model
+
+    try:
+        config = json.loads((Path(name_or_path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no folder; or a broken one, of which loading says what is wrong
+        entry = find_model(name_or_path)
+        return entry["context"] if entry else None
+    length = config.get("max_position_embeddings") or config.get("n_positions") if isinstance(config, dict) else None
+    return length if isinstance(length, int) else None

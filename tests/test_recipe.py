@@ -261,6 +261,30 @@ def test_settings_that_contradict_each_other_are_refused_with_the_change(overrid
     assert "; take " in str(caught.value)
 
 
+def test_what_is_wrong_alone_and_what_is_wrong_together_are_in_one_message() -> None:
+    wrong = ["train.learning_rate=-1", "method.name=qlora", "distributed.zero=zero3", "trian.seed=1"]
+    with pytest.raises(UsageError, match="3 problems") as caught:
+        Recipe.load("smollm2_135m_instruct_lora_personal_assistant_e3", wrong)
+    assert all(said in str(caught.value) for said in ("learning_rate = -1", "did you mean 'train'", "zero2"))
+
+
+def test_ranks_and_the_model_s_own_length_are_among_the_contradictions(tmp_path: Path) -> None:
+    """Each is one line with its change; where the number of ranks is not known, a recipe for many is right."""
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
+    name = "smollm2_135m_instruct_lora_personal_assistant_e3"
+    longer = ["data.isolate_documents=false", "data.max_length=100000"]
+    shared = ["distributed.sequence_parallel_size=4"]
+    for model, context in (("smollm2-135m-instruct", "8192"), (str(tmp_path), "512")):
+        wrong = [*longer, *shared, f"model.name_or_path={model}", "method.name=qlora", "distributed.zero=zero3"]
+        with pytest.raises(UsageError, match="3 problems") as caught:
+            Recipe.load(name, wrong, world_size=1)
+        for said in (f"data.max_length={context}", "NPROC_PER_NODE=4", "distributed.zero=zero2"):
+            assert said in str(caught.value)
+    assert Recipe.load(name, shared, world_size=8) == Recipe.load(name, shared)
+    # positions begin anew at each document that is kept apart, so a long pack alone is no contradiction
+    assert Recipe.load(name, ["data.max_length=100000"]).data.max_length == 100000
+
+
 def test_all_contradictions_are_in_one_message() -> None:
     wrong = ["model.attention=sdpa", "method.name=qlora", "distributed.zero=zero3", "method.init_lora_weights=olora"]
     with pytest.raises(UsageError, match="3 problems"):

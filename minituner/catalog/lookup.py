@@ -163,6 +163,8 @@ def compose(name: str) -> dict[str, Any]:
     for step in method.get("by_size", ()):
         if step.get("at_least", 0) <= model["size"] < step.get("below", float("inf")):
             _merge(values, {section: step[section] for section in ("method", "train") if section in step})
+    if "target_modules" in model and parts.method != "full":
+        _merge(values, {"method": {"target_modules": model["target_modules"]}})
     _merge(values, _read("datasets")["_defaults"])
     if system := _sample_system(model, dataset):
         values["evaluate"]["system"] = system
@@ -243,6 +245,8 @@ def _notes(
         lines.append(f"Needs {model['needs']}. Read that code first, then set model.trust_remote_code=true.")
     if model["kind"] == "base" and dataset.get("format") not in {"pretrain", "tokenized"}:
         lines.append(f"A base model: it learns the template {model['template']!r} here, so chat with that one.")
+    if "target_modules" in model and method["method"]["name"] != "full":
+        lines.append("Adapters on attention only: on experts they would make a copy of all their weights in each step.")
     lines += [method["for"], dataset["for"], f"Data licence: {dataset.get('licence') or 'none named'}."]
     if ours != name:
         lines.append(f"The same recipe as {ours}.")

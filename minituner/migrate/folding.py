@@ -87,12 +87,16 @@ def read_config(path: str | Path) -> Config:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no file", fix="name the Python config")
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
             raise UsageError(
-                f"{path}: {size / 1e6:.1f} MB is no config file", why=f"at most {MAX_BYTES / 1e6:g} MB are read"
+                f"{path}: {path.stat().st_size / 1e6:.1f} MB is no config file",
+                why=f"at most {MAX_BYTES / 1e6:g} MB are read",
             )
-        text = path.read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:

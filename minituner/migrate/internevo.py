@@ -15,10 +15,29 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from minituner.migrate.folding import Config
-from minituner.migrate.report import Imported, short
+from minituner.migrate.folding import Call, Config
+from minituner.migrate.report import Fate, Imported, Row, short
 from minituner.migrate.structure import at, whole
 
+NOT_NEEDED = {
+    "cudnn_benchmark": "",
+    "cudnn_deterministic": "",
+    "grad_scaler": "only float16 needs it",
+    "monitor": "alerts of InternLM's cluster",
+    "use_fp32_norm": "norms compute in float32 anyway",
+    "valid_micro_num": "",
+}
+# Settings inside a section that nothing below speaks of: what becomes of them.
+INSIDE: dict[str, tuple[Fate, str]] = {
+    "data": ("not supported", "nothing here answers to this name"),
+    "parallel": ("not supported", "nothing here answers to this name"),
+    "adam": ("not supported", "the rest of AdamW is as torch has it (eps 1e-8)"),
+    "lr_scheduler": ("not supported", "nothing here answers to this name"),
+    "beta2_scheduler": ("not supported", "beta2 stays as adam.adam_beta2 says"),
+    "hybrid_zero_optimizer": ("not needed", "how messages are sent is the engine's own choice"),
+    "model": ("not needed", "shapes are in the model folder's config.json"),
+    "ckpt": ("not needed", "checkpoints go into the run's folder, and --resume auto finds them"),
+}
 READ = {"data", "parallel", "adam", "lr_scheduler", "hybrid_zero_optimizer", "model", "ckpt", "beta2_scheduler"}
 PIECES = {
     "SEQ_LEN",
@@ -61,12 +80,32 @@ def convert(config: Config) -> Imported:
     _data(config, out)
     _optimizer(config, out)
     _saving(config, out)
-    for key, value in config.values.items():
-        if key not in READ | PIECES:
-            out.leave(f"{key} = {short(value, 30)}", "nothing here answers to this name", "not needed")
+    _rest(config, out)
     for statement in config.unread:
         out.leave(f"line {statement.line}: {statement.text[:60]}", "only assignments are read, and nothing is run")
     return out
+
+
+def _rest(config: Config, out: Imported) -> None:
+    """Every setting that nothing above has read, those inside the sections too."""
+    said = {word for row in out.rows for word in re.findall(r"\w+", row.old)}
+    for key, value in config.values.items():
+        if key in NOT_NEEDED:
+            out.leave(f"{key} = {short(value, 30)}", NOT_NEEDED[key], "not needed")
+        elif key in READ:
+            fate, why = INSIDE[key]
+            inner = value.named if isinstance(value, Call) else value if isinstance(value, dict) else {}
+            for name, setting in inner.items():
+                if str(name) in said:
+                    continue
+                whole_size = key == "parallel" and 1 in (setting, at(setting, "size"))
+                if setting is None or setting == "" or whole_size:
+                    unset = "nothing is split by it" if whole_size else "it is not set"
+                    out.leave(f"{key}.{name} = {short(setting, 30)}", unset, "not needed")
+                else:
+                    out.leave(f"{key}.{name} = {short(setting, 30)}", why, fate)
+        elif key not in PIECES and key not in config.used:
+            out.leave(f"{key} = {short(value, 30)}", "nothing here answers to this name")
 
 
 def _model(config: Config, out: Imported) -> None:
@@ -123,15 +162,21 @@ def _batch(config: Config, out: Imported) -> None:
     sizes = {key: _size(at(parallel, key)) for key in ("tensor", "pipeline", "weight", "sequence_2D")}
     mode = at(parallel, "tensor", "mode")
     model_parallel = sizes["tensor"] * sizes["pipeline"]
-    if sizes["tensor"] > 1 and mode == "isp":  # intern sequence parallel: the sequence is split, weights are gathered
+    # isp: the sequence is split and weights are gathered; sequence_parallel: it is split between the tensor's parts.
+    shares = sizes["tensor"] > 1 and (mode == "isp" or at(parallel, "sequence_parallel") is True)
+    if shares:
         out.put(
             "distributed.sequence_parallel_size",
             sizes["tensor"],
-            f"parallel.tensor = {sizes['tensor']} (isp)",
+            f"parallel.tensor = {sizes['tensor']} ({'isp' if mode == 'isp' else 'sequence_parallel = True'})",
             "changed",
-            "the same split of the sequence, by DeepSpeed Ulysses",
+            "as many ranks share a row, by DeepSpeed Ulysses",
         )
-    elif sizes["tensor"] > 1:
+    elif at(parallel, "sequence_parallel") is not None:
+        out.leave(
+            f"parallel.sequence_parallel = {at(parallel, 'sequence_parallel')}", "no rank shares a row", "carried"
+        )
+    if sizes["tensor"] > 1 and not shares:
         out.leave(f"parallel.tensor = {sizes['tensor']}", "no tensor parallel here; zero3 shards the weights instead")
     if sizes["pipeline"] > 1:
         out.leave(
@@ -139,7 +184,7 @@ def _batch(config: Config, out: Imported) -> None:
         )
     _sharding(parallel, sizes, mode, out)
     theirs = max(1, 8 // model_parallel)  # ranks with rows of their own on one machine of 8 devices
-    ours = max(1, 8 // (sizes["tensor"] if mode == "isp" else 1))
+    ours = max(1, 8 // (sizes["tensor"] if shares else 1))
     more = "" if ours == theirs else f"; divide gradient_accumulation_steps by {ours // theirs} for the same batch"
     out.arithmetic += [
         f"one row: seq_len x micro_bsz = {length} x {rows} = {packed:,} tokens -> data.max_length",
@@ -156,6 +201,8 @@ def _sharding(parallel: Any, sizes: dict[str, int], mode: Any, out: Imported) ->
     split_weights = sizes["weight"] > 1 or sizes["pipeline"] > 1 or (sizes["tensor"] > 1 and mode != "isp")
     if split_weights:
         out.put("distributed.zero", "zero3", old, "changed", "weights are sharded over all ranks")
+    elif at(parallel, "zero1", "size") == 1 or at(parallel, "zero1") == 1:
+        out.leave(old, "the optimizer's states are whole on every rank, as here without distributed.zero", "carried")
     elif at(parallel, "zero1") is not None:
         out.put("distributed.zero", "zero1", old)
 
@@ -169,20 +216,26 @@ def _size(value: Any) -> int:
 def _data(config: Config, out: Imported) -> None:
     data = at(config.values, "data")
     folder = at(data, "train_folder") or config.values.get("TRAIN_FOLDER")
-    source: dict[str, Any] = {
-        "path": folder if isinstance(folder, str) and folder else "data/tokenized",
-        "format": "tokenized",
-    }
-    out.values.setdefault("data", {})["sources"] = [source]
-    weights = at(data, "dataset_weights")
+    root = folder if isinstance(folder, str) and folder else "data/tokenized"
+    weights = _weights(at(data, "dataset_weights"))
+    sources: list[dict[str, Any]] = [
+        {"path": f"{root.rstrip('/')}/{name}", "format": "tokenized", "weight": weight}
+        for name, weight in weights.items()
+    ]
+    out.values.setdefault("data", {})["sources"] = sources or [{"path": root, "format": "tokenized"}]
     out.leave(
         f"data.train_folder = {short(folder)}",
-        "data.sources.0, a folder of .bin files (format tokenized); for text, name its format instead",
+        "data.sources: folders of .bin files (format tokenized); for text, name its format instead",
         "carried",
     )
-    if weights is not None:
+    if weights:
+        text = ", ".join(f"{name}: {weight:g}" for name, weight in weights.items())
+        why = "a source for each folder; a weight here is how often a record is used in an epoch: 1.0 once, 0.5 a half"
+        out.rows.append(Row("changed", "data.dataset_weights", f"data.sources.N.weight = {text}", why))
+    elif (given := at(data, "dataset_weights")) is not None:
         out.leave(
-            f"data.dataset_weights = {short(weights)}", "one source for each data set, with its weight", "changed"
+            f"data.dataset_weights = {short(given)}",
+            "which folder each belongs to is not said: make a source of each in data.sources, with its weight",
         )
     joined = at(data, "pack_sample_into_one")
     out.put("data.packing", "concat", "packed rows cut anywhere", "carried")
@@ -190,14 +243,22 @@ def _data(config: Config, out: Imported) -> None:
     if at(data, "min_length"):
         out.leave(
             f"data.min_length = {short(at(data, 'min_length'))}",
-            "load_tokenized(folder, min_length=...) has it",
-            "changed",
+            "a recipe uses short samples too; minituner.data.load_tokenized(folder, min_length=...) leaves them out",
         )
     steps = at(data, "total_steps") or at(config.values, "lr_scheduler", "total_steps")
     if isinstance(steps, int) and steps > 0:
         out.put("train.max_steps", steps, f"data.total_steps = {steps}")
     if isinstance(rampup := at(data, "rampup_batch_size"), str) and rampup:
         out.leave(f"data.rampup_batch_size = {rampup}", "every step has the full batch")
+
+
+def _weights(given: Any) -> dict[str, float]:
+    """Folder -> weight, of those that take part; empty where no folder is named."""
+    given = given.named if isinstance(given, Call) else given
+    if not isinstance(given, dict):
+        return {}
+    known = {name: value for name, value in given.items() if isinstance(name, str) and isinstance(value, int | float)}
+    return {name: float(value) for name, value in known.items() if value > 0} if known == given else {}
 
 
 def _optimizer(config: Config, out: Imported) -> None:

@@ -42,7 +42,10 @@ class Imported:
     arithmetic: list[str] = field(default_factory=list)
 
     def put(self, key: str, value: Any, old: str, fate: Fate = "carried", why: str = "") -> None:
-        """Set a recipe value by its dotted key, and say so."""
+        """Set a recipe value by its dotted key, and say so; what is no plain value is left, and that is said."""
+        if not _is_plain(value):
+            self.leave(old, f"{key} needs a plain value, and nothing is run to get one")
+            return
         section, _, name = key.partition(".")
         self.values.setdefault(section, {})[name] = value
         self.rows.append(Row(fate, old, f"{key} = {short(value)}", why))
@@ -102,6 +105,12 @@ def short(value: Any, limit: int = 60) -> str:
         text = repr(value)
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _is_plain(value: Any) -> bool:
+    """A single value, or a list of them. What an old config builds may be nested without end, or hold itself."""
+    single = str | int | float | bool | None
+    return isinstance(value, single) or (isinstance(value, list) and all(isinstance(one, single) for one in value))
 
 
 def next_commands(recipe: Path) -> list[str]:

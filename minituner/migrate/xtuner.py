@@ -176,10 +176,12 @@ def _method(config: Config, out: Imported) -> None:
     targets = at(lora, "target_modules")
     if targets is None:
         out.put("method.target_modules", "all-linear", "model.lora.target_modules = None")
-    elif isinstance(targets, str | list):
+    else:
+        targets = list(targets) if isinstance(targets, tuple) else targets
         out.put("method.target_modules", targets, f"model.lora.target_modules = {short(targets)}")
     if saved := at(lora, "modules_to_save"):
-        out.put("method.modules_to_save", list(saved), f"model.lora.modules_to_save = {short(saved)}")
+        modules = list(saved) if isinstance(saved, tuple | list) else [saved] if isinstance(saved, str) else saved
+        out.put("method.modules_to_save", modules, f"model.lora.modules_to_save = {short(saved)}")
     for key, ours in (("use_rslora", "use_rslora"), ("use_dora", "use_dora")):
         if at(lora, key):
             out.put(f"method.{ours}", True, f"model.lora.{key} = True")
@@ -293,9 +295,9 @@ def _schedule(config: Config, out: Imported) -> None:
 
 def _rest(config: Config, out: Imported) -> None:
     """Every top-level name that nothing above has read."""
-    used = " ".join(row.old for row in out.rows)
+    used = {word for row in out.rows for word in re.findall(r"\w+", row.old)}
     for name, value in config.values.items():
-        if name in LATER or any(name in word for word in used.split()):
+        if name in LATER or name in used:
             continue
         if name in NOT_NEEDED:
             out.leave(f"{name} = {short(value, 30)}", NOT_NEEDED[name], "not needed")

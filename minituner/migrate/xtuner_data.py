@@ -42,7 +42,8 @@ def carry_data(config: Config, out: Imported) -> None:
             "no such template here; native is the tokenizer's own (minituner list-templates)",
         )
     length = at(whole_set, "max_length")
-    length = config.values.get("max_length") if length is None else length
+    packed = "max_length" in out.values["data"]  # as the packs of tokenised files say
+    length = config.values.get("max_length") if length is None and not packed else length
     if isinstance(length, int):
         out.put("data.max_length", length, f"max_length = {length}")
     packs = at(whole_set, "pack_to_max_length")
@@ -51,6 +52,12 @@ def carry_data(config: Config, out: Imported) -> None:
     varlen = bool(config.values.get("use_varlen_attn") if varlen is None else varlen)
     if packs is False:
         out.put("data.packing", "none", "pack_to_max_length = False")
+        if varlen:
+            out.leave(
+                "use_varlen_attn = True",
+                "without packing a row holds one record, so there is nothing to keep apart (XTuner stops here)",
+                "not needed",
+            )
     else:
         out.put(
             "data.packing",
@@ -75,6 +82,9 @@ def carry_data(config: Config, out: Imported) -> None:
 def _source(one: Any, number: int, out: Imported) -> dict[str, Any] | None:
     """One data set of XTuner as one source, or None with the reason said."""
     kind, name = named(at(one, "type")), f"dataset {number + 1}"
+    tokenized = one if at(one, "dataset_cfg") is None else at(one, "dataset_cfg")
+    if named(at(tokenized, "type")) == "load_intern_repo_tokenized_dataset":
+        return _tokenized(tokenized, one, name, out)
     if kind in ("MOSSSFTDataset", "LLaVADataset") or "intern" in kind:
         out.leave(f"{name}: {kind}", "this kind of data set is not read; name its files in data.sources")
         return None
@@ -108,9 +118,30 @@ def _source(one: Any, number: int, out: Imported) -> dict[str, Any] | None:
         source["limit"] = whole(limit, 1)
     if isinstance(split := at(inner, "split"), str) and split.isidentifier():
         source["split"] = split
+    elif split is not None:
+        out.leave(
+            f"{name}: split = {short(split)}", "for a part of a split take data.sources.N.limit, drawn by the seed"
+        )
     out.rows.append(_row(name, place, source, why))
     if subset := at(inner, "name"):
         out.leave(f"{name}: name = {short(subset)}", "hub subsets are not reached; download it and name the files")
+    return source
+
+
+def _tokenized(cfg: Any, packed: Any, name: str, out: Imported) -> dict[str, Any] | None:
+    """A folder of InternEvo's `.bin` files, whose packs get the length that `build_packed_dataset` was told."""
+    folder = at(cfg, "folder")
+    if not isinstance(folder, str) or not folder:
+        out.leave(f"{name}: folder = {short(folder)}", "where its data is cannot be read from the config")
+        return None
+    source = {"path": folder, "format": "tokenized"}
+    out.rows.append(_row(name, folder, source, ""))
+    if isinstance(length := at(packed, "packed_length"), int):
+        out.put("data.max_length", length, f"{name}: packed_length = {length}")
+    if shortest := at(cfg, "min_length"):
+        out.leave(f"{name}: min_length = {short(shortest)}", "shorter samples are used too")
+    if order := at(cfg, "data_order_path"):
+        out.leave(f"{name}: data_order_path = {short(order)}", "all files of the folder are read, sorted")
     return source
 
 

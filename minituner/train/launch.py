@@ -147,6 +147,21 @@ def torchrun_options(launcher: Launcher = "none", environment: Mapping[str, str]
     ]
 
 
+def ranks_asked(launcher: Launcher = "none", environment: Mapping[str, str] | None = None) -> int | None:
+    """How many ranks train together once this command has started them, or has been started as the first of them.
+
+    None on every other rank, so that what does not fit this number is said once.
+
+    Raises:
+        UsageError: the launch variables are wrong.
+    """
+    if torchrun_options(launcher, environment) is None:
+        world = world_of(launcher, environment)
+        return world.world_size if world.is_main else None
+    given = {"NNODES": "1", "NPROC_PER_NODE": "1"} | dict(os.environ if environment is None else environment)
+    return _whole(given, "NNODES", 1) * _whole(given, "NPROC_PER_NODE", 1)
+
+
 def relaunch(arguments: Sequence[str], launcher: Launcher = "none") -> int | None:
     """Start the ranks that the environment asks for and wait; returns their exit status, or None to go on alone.
 

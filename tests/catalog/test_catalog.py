@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
+import os
 import re
 import subprocess
 import sys
@@ -21,19 +21,16 @@ from minituner.catalog import (
     list_recipes,
     load,
     system_prompt,
-    xtuner_name,
 )
 from minituner.catalog.names import parse
+from minituner.data.formats_table import FORMATS
 from minituner.errors import UsageError
 from minituner.recipe import Recipe
-from tests.shared_data import SHARED, needs_shared
 
 MODELS, METHODS, DATASETS = load("models"), load("methods"), load("datasets")
 TEMPLATES, SYSTEM_PROMPTS = load("templates"), load("system_prompts")
 FOLDER = Path(__file__).resolve().parents[2] / "minituner" / "catalog"
 QUICKSTART = "smollm2_135m_instruct_lora_personal_assistant_e3"
-# Not recipes for supervised text: images, preference tuning, reward models, conversion scripts.
-NOT_SFT = re.compile(r"^llava_|^internvl_|_dpo|_orpo|_reward_|^POLAR|^convert_")
 
 
 def recipe(name: str) -> Recipe:
@@ -306,6 +303,10 @@ def test_data_sets_are_described() -> None:
         assert entry["epochs"] > 0, key
         assert entry["for"], key
         assert "licence" in entry, key
+        columns = FORMATS[entry["format"]].columns if entry.get("format") in FORMATS else None
+        if columns and entry["format"] != "tokenized":  # whose columns are those of another file layout
+            assert set(columns) <= set(entry["columns"]), key
+        assert entry.get("rows", 1) > 0, key
         assert entry.get("system_prompt") is None or entry["system_prompt"] in SYSTEM_PROMPTS, key
         for tuned in entry.get("tuned", ()):
             assert tuned["model"] in MODELS, key
@@ -340,41 +341,21 @@ def test_templates_have_known_fields() -> None:
     assert system_prompt("medical").startswith("如果你是一名医生")
 
 
-# ---- against XTuner
+# ---- the shell
 
 
-@needs_shared
-def test_templates_equal_xtuner() -> None:
-    expected = json.loads((SHARED / "reference" / "templates.json").read_text(encoding="utf-8"))
-    assert {key: find_template(key) for key in TEMPLATES} == expected["PROMPT_TEMPLATE"]
-    assert len(TEMPLATES) == 27
-    assert expected["SYSTEM_TEMPLATE"] == SYSTEM_PROMPTS
-
-
-@needs_shared
-def test_xtuner_names_resolve() -> None:
-    names = (SHARED / "reference" / "xtuner_config_names.txt").read_text(encoding="utf-8").split()
-    plain = [name for name in names if not NOT_SFT.search(name)]
-    resolved = [name for name in names if xtuner_name(name)]
-    same = sum(xtuner_name(name) == name for name in resolved)
-    print(
-        f"{len(set(plain) & set(resolved))} of {len(plain)} plain SFT names resolve, "
-        f"{len(resolved)} of all {len(names)}, {same} without a change"
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("train internlm2_1_8b_qlora_alpaca_z", "internlm2_1_8b_qlora_alpaca_zh_e3"), ("list-mod", "list-models")],
+)
+def test_the_shell_completes_commands_and_recipe_names(typed: str, offered: str) -> None:
+    words = f"minituner {typed}"
+    environment = {"_MINITUNER_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    code = "import sys; sys.argv[0] = 'minituner'; from minituner.cli import app; app(prog_name='minituner')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
     )
-    assert set(plain) <= set(resolved)
-    assert len(resolved) >= 500
-    for name in names:
-        if xtuner_name(name):
-            assert recipe(name).name == name
-            # what it is translated to makes the same run
-            ours, theirs = compose(xtuner_name(name)), compose(name)
-            assert {k: v for k, v in ours.items() if k not in {"name", "notes"}} == {
-                k: v for k, v in theirs.items() if k not in {"name", "notes"}
-            }
-        else:
-            with pytest.raises(UsageError) as caught:
-                compose(name)
-            assert caught.value.what.startswith(f"{name!r} is a ")
+    assert done.stdout.split() == [offered], done.stderr
 
 
 # ---- what it costs

@@ -4,13 +4,17 @@ LoRA steps with finite losses, isolation proved, and its checkpoint reloads bit 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from minituner.catalog.lookup import load
+from minituner.catalog.lookup import compose, load
+from minituner.errors import UsageError
+from minituner.model.adapters import apply_method
+from minituner.recipe import MethodSection
 from minituner.train import checkpoint
 from minituner.train.loop import train
 from tests.tiny import tiny_recipe, tiny_tokenizer
@@ -77,7 +81,10 @@ def test_it_trains_two_steps_and_reloads(architecture: str, tmp_path: Path, chat
     folder = tmp_path / "model"
     tiny(architecture).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    recipe = tiny_recipe(folder, chats, train={"max_steps": 2}, evaluate={"prompts": []})
+    key = next(key for key, entry in load("models").items() if entry["architecture"] == architecture)
+    # As a recipe of the catalog adapts it: its target modules, and the dropout of qlora.
+    method = {**compose(f"{key}_qlora_alpaca_e3")["method"], "name": "lora", "lora_rank": 4}
+    recipe = tiny_recipe(folder, chats, method=method, train={"max_steps": 2}, evaluate={"prompts": []})
     done = train(recipe, tmp_path / "run", progress=False, say=lambda line: None)
     assert [math.isfinite(row["loss"]) for row in done.metrics] == [True, True]
     assert all(row["grad_norm"] > 0 for row in done.metrics)
@@ -85,6 +92,17 @@ def test_it_trains_two_steps_and_reloads(architecture: str, tmp_path: Path, chat
     held = {name: p for name, p in done.model.named_parameters() if p.requires_grad}
     assert set(saved.weights) == set(held)
     assert all(torch.equal(saved.weights[name], held[name]) for name in held)
+
+
+def test_dropout_on_experts_is_a_message_that_names_what_to_change() -> None:
+    """peft takes all-linear to mean the experts of a mixture too, and knows no dropout there."""
+    with pytest.raises(UsageError) as caught:
+        apply_method(tiny("mixtral"), MethodSection(lora_dropout=0.1))
+    assert "method.lora_dropout=0" in caught.value.fix
+    pattern = re.search(r"method\.target_modules='(.*)'", caught.value.fix)
+    assert pattern
+    mixtures = {entry["target_modules"] for entry in load("models").values() if "target_modules" in entry}
+    assert mixtures == {pattern[1]}, "what the message proposes is what the catalog's recipes have"
 
 
 def test_list_models_names_every_model_and_what_it_needs() -> None:

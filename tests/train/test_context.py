@@ -42,5 +42,5 @@ def test_a_long_row_of_short_documents_is_right_because_positions_restart(
     chats.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in brief))
     dry_run(tiny_recipe(short_model, chats, data={"max_length": 256}), lambda line: None)
     joined = {"max_length": 256, "isolate_documents": False}
-    with pytest.raises(UsageError, match="256 tokens"):
+    with pytest.raises(UsageError, match=r"256 with data.isolate_documents=false: .* made for 96"):
         dry_run(tiny_recipe(short_model, chats, data=joined), lambda line: None)

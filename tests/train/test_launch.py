@@ -10,7 +10,7 @@ import pytest
 
 from minituner.errors import UsageError
 from minituner.train import checkpoint
-from minituner.train.launch import World, check_launcher, first_host, torchrun_options, world_of
+from minituner.train.launch import World, check_launcher, first_host, ranks_asked, torchrun_options, world_of
 from tests.tiny import tiny_recipe, write_chats
 from tests.train.processes import Command, finish_all, rank_environments, run_command
 
@@ -160,11 +160,19 @@ def test_a_signal_to_the_parent_reaches_the_ranks_and_their_status_comes_back(
     assert command.output.count("stopped after step") == 1
     assert not any(word in command.output for word in ("Traceback", "torchelastic", "torch/distributed"))
     if number == signal.SIGTERM:
-        step = checkpoint.state_of(checkpoint.find(place / "w", "auto", print))["step"] + 2
-        again = two_ranks(place, "--resume", "if-any", f"train.max_steps={step}")
-        assert again.finish() == 0, again.output
-        assert "resumed from w/checkpoints" in again.output
-        assert f"done: {step} steps" in again.output
+        a_resumed_run_whose_rank_is_killed_ends_with_1_and_names_it(place)
+
+
+def a_resumed_run_whose_rank_is_killed_ends_with_1_and_names_it(place: Path) -> None:
+    """The second half of the test above: starting two ranks anew takes seconds."""
+    step = checkpoint.state_of(checkpoint.find(place / "w", "auto", print))["step"]
+    again = two_ranks(place, "--resume", "if-any")
+    assert again.wait_for_step(place / "w", step + 2), again.output
+    assert "resumed from w/checkpoints" in again.output
+    ranks_under(again)[1].kill()
+    assert again.finish() == 1, again.output
+    assert "rank 1 was killed by SIGKILL" in again.output
+    assert "Traceback" not in again.output
 
 
 @pytest.mark.slow
@@ -188,16 +196,6 @@ def test_two_machines_find_each_other_by_address_and_port(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run_with_1_and_is_named(place: Path) -> None:
-    command = two_ranks(place)
-    assert command.wait_for_step(place / "w", 3), command.output
-    ranks_under(command)[1].kill()
-    assert command.finish() == 1, command.output
-    assert "rank 1 was killed by SIGKILL" in command.output
-    assert "Traceback" not in command.output
-
-
-@pytest.mark.slow
 def test_an_error_of_the_ranks_comes_back_with_its_status(place: Path) -> None:
     status, output = run_command(["train", "r.yaml", "--work-dir", "w", "train.max_steps=1"], place)
     assert status == 0, output
@@ -205,3 +203,12 @@ def test_an_error_of_the_ranks_comes_back_with_its_status(place: Path) -> None:
     assert command.finish() == 2, command.output
     assert "world_size: 1 then, 2 now" in command.output
     assert "Traceback" not in command.output
+
+
+def test_the_number_of_ranks_is_known_before_they_start_and_told_by_the_first_alone() -> None:
+    assert ranks_asked("none", {}) == 1
+    assert ranks_asked("none", {"NPROC_PER_NODE": "4"}) == 4
+    assert ranks_asked("none", {"NPROC_PER_NODE": "4", "NNODES": "2", "ADDR": "first"}) == 8
+    assert [ranks_asked("none", {"RANK": rank, "WORLD_SIZE": "2"}) for rank in "01"] == [2, None]
+    with pytest.raises(UsageError, match="NPROC_PER_NODE"):
+        ranks_asked("none", {"NPROC_PER_NODE": "many"})
