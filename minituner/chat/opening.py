@@ -47,6 +47,7 @@ def open_model(
         UsageError: adapters that are none, or another model's; a dtype or number of bits that does not exist; code of
             the model's own without `trust_remote_code`. MinitunerError: the model cannot be loaded.
     """
+    from minituner.export.merge import check_adapter
     from minituner.model.sources import fetch
     from minituner.train.hf_folder import base_of, facts_of, put_adapter_on
 
@@ -59,6 +60,8 @@ def open_model(
             )
         adapters, model = [folder], base_of(folder)
     named = name_adapters(adapters)
+    for place in named.values():
+        check_adapter(place)
     base = fetch(str(model), say=say)
     load = Loader(dtype, bits, trust_remote_code)
     facts = facts_of(base)

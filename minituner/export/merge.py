@@ -75,7 +75,7 @@ def merge(
     from minituner.train.hf_folder import base_of, facts_of
 
     adapter, out = Path(adapter), Path(out)
-    _check_adapter(adapter)
+    check_adapter(adapter)
     check_free(out, force)
     limit, target = parse_size(max_shard_size), torch_dtype(dtype)
     facts = facts_of(adapter)
@@ -199,7 +199,12 @@ def _torch(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _check_adapter(adapter: Path) -> None:
+def check_adapter(adapter: Path) -> None:
+    """Refuse a folder that is no adapter of safetensors.
+
+    Raises:
+        UsageError: it is none, it is incomplete, or its weights are a pickle.
+    """
     if not (adapter / "adapter_config.json").is_file():
         raise UsageError(
             f"{adapter} is not an adapter folder (it has no adapter_config.json)",

@@ -111,6 +111,10 @@ def parity(
     facts = facts_of(folder)
     if not _has_tokenizer(folder) and (folder / "adapter_config.json").is_file():
         folder = fetch(base_of(folder), say=say)  # other programs' adapters often come without one
+    if not _has_tokenizer(folder):
+        raise UsageError(
+            f"{folder} has no tokenizer", fix="copy tokenizer.json and tokenizer_config.json of the base into it"
+        )
     key = template or facts.get("template") or "native"
     tokenizer = load_tokenizer(folder)
     system = facts.get("system")

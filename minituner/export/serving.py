@@ -18,9 +18,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from minituner.errors import MinitunerError
+from minituner.errors import MinitunerError, UsageError
 from minituner.export.weights import Weights, read_config, refuse_remote_code
 
 PROGRAMS = ("transformers", "transformers serve", "vLLM", "LMDeploy")
@@ -53,11 +53,34 @@ def what_servers_read(folder: str | Path) -> list[Reading]:
     except MinitunerError as error:
         return [Reading(program, "folder", "cannot be loaded", error.what) for program in PROGRAMS]
     try:
-        conversation = _of_conversation(folder)
+        conversation = [*_tokenizer(folder), *_of_conversation(folder)]
     except MinitunerError as error:
         conversation = [Reading(program, "tokenizer", "none", error.what) for program in PROGRAMS]
-    readings = [*_architecture(config), *_weights(weights, config), *_tokenizer(folder), *conversation]
+    readings = [*_architecture(config), *_weights(weights, config), *conversation]
     return sorted(readings, key=lambda reading: PROGRAMS.index(reading.program))
+
+
+def refuse_gguf(folder: str | Path, out: str | Path) -> NoReturn:
+    """Say that no GGUF file is written here, and with what command llama.cpp writes it of this folder.
+
+    Raises:
+        UsageError: always; it names what has to be done first where the folder is no full model of safetensors.
+    """
+    folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{folder} is an adapter, and a GGUF file holds a whole model",
+            fix="merge it, then let llama.cpp convert the merged folder (minituner itself writes no GGUF)",
+            next_command=f"minituner convert merge {folder} MERGED",
+        )
+    refuse_remote_code(folder)
+    Weights.of(folder)
+    raise UsageError(
+        "minituner writes no GGUF files",
+        why="the format changes with llama.cpp, and the gguf package reads and writes its container, no model",
+        fix="llama.cpp's own script does it, from its sources: the steps are in notebooks/export.md",
+        next_command=f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {out} --outtype f16",
+    )
 
 
 def table(readings: list[Reading]) -> list[str]:

@@ -107,7 +107,17 @@ def find_checkpoint(given: Path, say: Say) -> tuple[Path, Path]:
                 f"{place} is not a whole checkpoint: {wrong}", fix="give its run's folder: the newest whole"
             )
     elif (given / "checkpoints").is_dir():
-        place, work_dir = checkpoint.find(given, "auto", say) or given, given
+        try:
+            found = checkpoint.find(given, "auto", say)
+        except UsageError:  # its words are for a training that goes on
+            found = None
+        if found is None:
+            raise UsageError(
+                f"{given} has no whole checkpoint",
+                why="a save that was killed is not used, and neither are files that changed since",
+                fix="copy the run's folder again; or, where it trained, let it go on with --resume auto",
+            )
+        place, work_dir = found, given
     else:
         raise UsageError(
             f"{given} holds no checkpoint of minituner",

@@ -100,12 +100,14 @@ class Weights:
 
         import torch
 
+        from minituner.model.loading import not_plain
+
         if self._pickle is None or self._pickle[0] != file:
             try:
                 found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
                 raise MinitunerError(
-                    f"{file} cannot be read as plain tensors: {str(error).splitlines()[0]}",
+                    f"{file} cannot be read as plain tensors: {not_plain(error)}",
                     why="a pickle may hold code, and none is ever run here",
                     fix="get the model as safetensors",
                 ) from None

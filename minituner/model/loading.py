@@ -7,6 +7,7 @@ is trained (adapters, or all weights) stays in float32 unless the recipe names a
 
 from __future__ import annotations
 
+import pickle  # only its error's name: nothing is read with it
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,10 +79,21 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0].strip()
+        if first.endswith("one of:"):  # a list of ways follows, none of which is known here
+            first = "none of its files says how text becomes ids"
         raise MinitunerError(
-            f"cannot load a tokenizer from {folder}: {str(error).splitlines()[0]}",
+            f"cannot load a tokenizer from {folder}: {first}",
             fix="the folder needs tokenizer.json (or the tokenizer's own files) beside config.json",
         ) from None
+
+
+def not_plain(error: Exception) -> str:
+    """What torch's reader of plain tensors found in a pickle, without its advice to read the file all the same."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next(
+        (line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0].split(". In PyTorch")[0]
+    )
 
 
 def load_model(
@@ -122,6 +134,12 @@ def load_model(
                 trust_remote_code=model.trust_remote_code,
                 quantization_config=quantization,
             )
+    except pickle.UnpicklingError as error:
+        raise MinitunerError(
+            f"the weights in {folder} cannot be read as plain tensors: {not_plain(error)}",
+            why="a pickle (.bin) may hold code, and none is ever run here",
+            fix="get the model as safetensors",
+        ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise MinitunerError(
             f"cannot load a model from {folder}: {str(error).splitlines()[0]}",

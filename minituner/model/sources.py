@@ -249,7 +249,8 @@ def _from_hub(repository: str, revision: str | None, say: Say) -> Path:
             f"could not fetch {repository} from the hub",
             why=f"{type(error).__name__}: {one_line(str(error), 300)}",
             fix="check the name (no folder here is called so either), the revision and the network; a gated model "
-            f"wants its licence accepted and a login; or use source 'modelscope', a local folder, or {EMBEDDED!r}",
+            "wants its licence accepted and a login; or give a folder's path in place of the name (in a recipe: "
+            f"model.name_or_path=FOLDER), model.source=modelscope, or the model {EMBEDDED!r}, which pip brings",
             next_command=f"hf download {repository}",
         ) from error
     if why:

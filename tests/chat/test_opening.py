@@ -15,6 +15,7 @@ from minituner.chat.opening import name_adapters, open_model
 from minituner.chat.session import open_session
 from minituner.errors import MinitunerError, UsageError
 from tests.chat.conftest import ANSWER, QUESTION
+from tests.export.test_shards import Bomb
 from tests.tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 
@@ -22,6 +23,7 @@ def silent(_: str) -> None:
     """Nobody listens."""
 
 
+@pytest.mark.slow
 def test_a_base_and_its_adapter_can_be_given_apart(trained: dict[str, Path]) -> None:
     session = open_session(trained["base"], adapter=trained["native"], max_new_tokens=100, say=silent)
     assert session.ask(QUESTION) == ANSWER
@@ -82,8 +84,24 @@ def test_a_damaged_adapter_is_a_message(trained: dict[str, Path], tmp_path: Path
     with pytest.raises(MinitunerError, match="cannot read the adapter"):
         open_session(broken, say=silent)
     (broken / "adapter_model.safetensors").unlink()
-    with pytest.raises(MinitunerError, match="cannot read the adapter"):
+    with pytest.raises(UsageError, match="the folder is incomplete"):
         open_session(broken, say=silent)
+    (broken / "adapter_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(UsageError, match="is a pickle, which can hold code"):
+        open_session(broken, say=silent)
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_a_message_and_nothing_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tiny_folder(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    torch.save({"a": Bomb()}, base / "pytorch_model.bin")
+    with pytest.raises(MinitunerError, match=r"cannot be read as plain tensors: .*GLOBAL") as caught:
+        open_session(base, say=silent)
+    assert "weights_only" not in caught.value.text(), "torch's advice is to run it all the same"
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_an_adapter_without_a_tokenizer_takes_its_bases(trained: dict[str, Path], tmp_path: Path) -> None:

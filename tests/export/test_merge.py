@@ -12,6 +12,7 @@ import torch
 from minituner import chat
 from minituner.errors import MinitunerError, UsageError
 from minituner.export.merge import merge
+from minituner.model.adapters import ON_ATTENTION
 from minituner.train.hf_folder import export
 from tests.tiny import tiny_folder, tiny_recipe, tiny_tokenizer
 from tests.train.processes import run_command
@@ -165,8 +166,9 @@ def test_a_base_whose_files_leave_the_prefix_out(tmp_path: Path) -> None:
     )
 
 
-def test_what_cannot_be_merged_file_by_file_is_merged_in_memory(tmp_path: Path) -> None:
-    """Mixtral: experts are one file tensor each, and one tensor for all in memory, which the adapter changes."""
+@pytest.mark.parametrize(("targets", "in_memory"), [("all-linear", True), (ON_ATTENTION, False)])
+def test_what_cannot_be_merged_file_by_file_is_merged_in_memory(targets: str, in_memory: bool, tmp_path: Path) -> None:
+    """Mixtral: experts are one file tensor each, and one tensor for all in memory, which the adapter may change."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -174,10 +176,10 @@ def test_what_cannot_be_merged_file_by_file_is_merged_in_memory(tmp_path: Path) 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_local_experts": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     MixtralForCausalLM(MixtralConfig(vocab_size=259, **sizes, **heads)).save_pretrained(base)
-    adapter = adapter_on(base, tmp_path / "hf")
+    adapter = adapter_on(base, tmp_path / "hf", target_modules=targets)
     said: list[str] = []
     out = merge(adapter, tmp_path / "merged", say=said.append)
-    assert any("merged in memory instead" in line for line in said)
+    assert any("merged in memory instead" in line for line in said) == in_memory
     untouched = AutoModelForCausalLM.from_pretrained(base)
     before = logits(untouched)
     wanted = logits(PeftModel.from_pretrained(untouched, adapter))
@@ -220,6 +222,7 @@ def test_an_unknown_template_is_refused(tmp_path: Path) -> None:
         merge(adapter, tmp_path / "merged", say=silent)
 
 
+@pytest.mark.slow
 def test_the_command_merges_and_its_errors_are_exit_2(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     adapter_on(base, tmp_path / "hf")

@@ -55,6 +55,7 @@ def reloaded(folder: Path) -> torch.Tensor:
     return logits(AutoModelForCausalLM.from_pretrained(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_both_ways_equal_the_adapter_on_that_base(method: dict[str, Any], tie: bool, tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ def ask(port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, A
         return json.loads(answer.read())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(SERVING), reason=f"transformers serve needs {', '.join(SERVING)} (not installed)")
 def test_transformers_serve_answers_like_chat(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")

@@ -108,6 +108,7 @@ def measured(base: str, adapter: str, small_base: str, small_adapter: str, out: 
     Path(out).write_text(json.dumps([streamed, loaded]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
 def test_a_merge_needs_the_memory_of_a_shard_and_a_layer(tmp_path: Path) -> None:
     """75 MB of bfloat16 in eight shards, one decoder layer each: whatever the whole is, the peak stays at a shard's."""

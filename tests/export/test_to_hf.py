@@ -80,6 +80,7 @@ def test_a_checkpoint_becomes_the_folder_that_training_wrote(
         assert differ <= {"base_model_name_or_path"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_a_checkpoint_of_two_ranks_under_zero_is_the_same_folder(stage: str, tmp_path: Path, chats: Path) -> None:
     pytest.importorskip("deepspeed")
@@ -172,8 +173,9 @@ def test_what_is_no_whole_checkpoint_or_another_recipe_is_refused(tmp_path: Path
     with pytest.raises(UsageError, match="not a whole checkpoint"):
         to_hf(step, out, say=silent)
     (step / "manifest.json").unlink()
-    with pytest.raises(UsageError, match="no whole checkpoint"):
+    with pytest.raises(UsageError, match="no whole checkpoint") as error:
         to_hf(run, out, say=silent)
+    assert "--resume out" not in error.value.text(), "nobody has asked to resume here"
     assert not [path for path in os.listdir(tmp_path) if "out" in path]
 
 
