@@ -13,6 +13,7 @@ from typing import Any
 
 _HOME = {
     "Picture": "picture",
+    "use_style": "style",
     "TokenHtml": "tokens",
     "token_strip": "tokens",
     "token_html": "tokens",

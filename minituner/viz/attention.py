@@ -19,14 +19,16 @@ import numpy as np
 
 from minituner.errors import UsageError, nearest
 from minituner.viz.picture import Picture, frame, new_figure
+from minituner.viz.style import BAD, BLUE, EMPTY, styled
 
 Kind = Literal["block_diagonal", "full", "padded"]
 KINDS = ("block_diagonal", "full", "padded")
-EMPTY, ALLOWED, LEAK = "#f4f4f4", "#0072b2", "#d55e00"
+ALLOWED, LEAK = BLUE, BAD
 MOST_DRAWN = 4  # padded documents side by side; the data has all
 MOST_TOKENS = 4096  # a mask of (T, T) booleans is 16 MB then
 
 
+@styled
 def attention_mask(seq_lens: Sequence[int], kind: Kind = "block_diagonal", max_length: int | None = None) -> Picture:
     """The mask of documents of `seq_lens` tokens, causal, with their borders.
 
@@ -65,7 +67,7 @@ def attention_mask(seq_lens: Sequence[int], kind: Kind = "block_diagonal", max_l
         axes.set_xlabel("key: is read")
         axes.set_ylabel("query: reads" if number == 0 else "")
     summary = _title(kind, lengths, int(leaks.sum()), waste)
-    figure.suptitle(summary.replace("documents, ", "documents\n", 1), fontsize=9)
+    figure.suptitle(summary.replace("documents, ", "documents\n", 1))
     data: dict[str, Any] = {
         "mask": masks if kind == "padded" else masks[0],
         "seq_lens": lengths,
@@ -106,7 +108,6 @@ def _draw(axes: Any, mask: np.ndarray, leak: np.ndarray, lengths: list[int]) -> 
         axes.tick_params(which="minor", length=0)
         rows, columns = np.nonzero(leak & mask)
         axes.plot(columns, rows, linestyle="", marker="x", color="black", markersize=max(2, 80 / size))
-    axes.tick_params(labelsize=7)
     frame(axes, ())
 
 

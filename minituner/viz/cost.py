@@ -23,14 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from minituner.errors import UsageError
-from minituner.viz.picture import PALETTE, Picture, frame, new_figure
+from minituner.viz.picture import Picture, frame, new_figure
+from minituner.viz.style import BLUE, EMPTY, OUTLINE, SKY, line, styled
 
 MOST_TOKENS = 512  # beyond, a tile is smaller than a dot of the screen
-SKIPPED, PARTLY, WHOLE = "#f4f4f4", "#56b4e9", "#0072b2"
-MARKERS = "osD^vP*"
-LINES = ("-", "--", ":", "-.")
+SKIPPED, PARTLY, WHOLE = EMPTY, SKY, BLUE
 
 
+@styled
 def tiles(seq_lens: Sequence[int], block: int = 4, window: int | None = None) -> Picture:
     """The (block, block) tiles that causal attention computes for documents of `seq_lens` tokens in one row of T.
 
@@ -88,15 +88,15 @@ def _draw_tiles(picture: np.ndarray, spans: list[tuple[int, int, int, int]], tit
     for q, q_end, k, k_end in spans:
         axes.add_patch(Rectangle((k - 0.5, q - 0.5), k_end - k, q_end - q, fill=False, edgecolor="white", linewidth=1))
     axes.set(xlabel="key: is read", ylabel="query: reads")
-    axes.set_title(title, fontsize=9)
-    axes.tick_params(labelsize=7)
+    axes.set_title(title)
     frame(axes, ())
     names = {"whole": WHOLE, "with a mask": PARTLY, "never touched": SKIPPED}
-    handles = [Patch(facecolor=colour, edgecolor="#999999", label=name) for name, colour in names.items()]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+    handles = [Patch(facecolor=colour, edgecolor=OUTLINE, label=name) for name, colour in names.items()]
+    figure.legend(handles=handles, loc="outside right upper")
     return figure
 
 
+@styled
 def cost_curves(
     lengths: Sequence[int], curves: Mapping[str, Sequence[float]], *, ylabel: str, title: str = ""
 ) -> Picture:
@@ -123,8 +123,7 @@ def cost_curves(
 
     axes = figure.add_subplot()
     for number, (name, curve) in enumerate(values.items()):
-        style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
-        axes.plot(length, curve, linestyle=LINES[number % len(LINES)], label=name, **style)
+        axes.plot(length, curve, label=name, **line(number))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -132,9 +131,8 @@ def cost_curves(
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(length, [f"{int(n):,}" for n in length])
     axes.set(xlabel="tokens in the row", ylabel=ylabel)
-    axes.set_title(title, fontsize=10)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    frame(axes)
+    axes.set_title(title)
+    axes.grid()
+    figure.legend(loc="outside right upper")
     summary = "; ".join(f"{name} grows as length^{p:.1f}" for name, p in exponent.items())
     return Picture(figure, {"lengths": length, "curves": values, "exponent": exponent}, summary)

@@ -15,12 +15,14 @@ import numpy.typing as npt
 
 from minituner.data.ledger import Ledger
 from minituner.errors import UsageError
-from minituner.viz.picture import HATCHES, Picture, frame, new_figure
+from minituner.viz.picture import Picture, frame, new_figure
+from minituner.viz.style import BAD, BLUE, GOOD, HATCHES, READ, SKY, SMALL, YELLOW, styled
 
 BINS = 40
-TRAINED, MASKED, LOST, PADDING, HELD_OUT = "#009e73", "#bdbdbd", "#d55e00", "#f0e442", "#56b4e9"
+TRAINED, MASKED, LOST, PADDING, HELD_OUT = GOOD, READ, BAD, YELLOW, SKY
 
 
+@styled
 def length_histogram(lengths: npt.ArrayLike, max_length: int | None = None) -> Picture:
     """Records by their number of tokens, with a line at `max_length`.
 
@@ -37,15 +39,14 @@ def length_histogram(lengths: npt.ArrayLike, max_length: int | None = None) -> P
     longer = int((tokens > max_length).sum()) if max_length else 0
     figure = new_figure(8, 2.6)
     axes = figure.add_subplot()
-    axes.stairs(counts, edges, fill=True, color="#0072b2", alpha=0.85)
+    axes.stairs(counts, edges, fill=True, color=BLUE, alpha=0.85)
     summary = f"{len(tokens):,} records, median {np.median(tokens):,.0f} tokens, longest {longest:,}"
     if max_length:
-        axes.axvline(max_length, color="#d55e00", linestyle="--", linewidth=1.5)
-        axes.annotate(f"max_length {max_length:,}", (max_length, counts.max()), ha="right", va="top", fontsize=8)
+        axes.axvline(max_length, color=BAD, linestyle="--", linewidth=1.5)
+        axes.annotate(f"max_length {max_length:,}", (max_length, counts.max()), ha="right", va="top", fontsize=SMALL)
         summary += f"; {longer:,} longer than {max_length:,}"
-    axes.set_title(summary, fontsize=10)
+    axes.set_title(summary)
     axes.set(xlabel="tokens", ylabel="records", ylim=(0, None))
-    frame(axes)
     data = {
         "counts": counts,
         "edges": edges,
@@ -57,6 +58,7 @@ def length_histogram(lengths: npt.ArrayLike, max_length: int | None = None) -> P
     return Picture(figure, data, summary)
 
 
+@styled
 def ledger_bar(ledger: Ledger | dict[str, Any]) -> Picture:
     """One stacked bar: every token of the data, trained, masked by reason, cut, dropped, held out; padding on top.
 
@@ -65,8 +67,8 @@ def ledger_bar(ledger: Ledger | dict[str, Any]) -> Picture:
     ledger = ledger if isinstance(ledger, Ledger) else Ledger.from_dict(ledger)
     parts = [("trained", ledger.trained, TRAINED, "")]
     parts += [(f"masked: {why}", n, MASKED, _hatch(i)) for i, (why, n) in enumerate(ledger.masked.most_common())]
-    parts += [("truncated at max_length", ledger.truncated, LOST, "")]
-    parts += [(f"dropped: {why}", n, LOST, _hatch(i + 1)) for i, (why, n) in enumerate(ledger.dropped.most_common())]
+    parts += [("truncated at max_length", ledger.truncated, LOST, _hatch(1))]
+    parts += [(f"dropped: {why}", n, LOST, _hatch(i + 2)) for i, (why, n) in enumerate(ledger.dropped.most_common())]
     parts += [("held out for evaluation", ledger.held_out, HELD_OUT, "xx")]
     parts += [("padding (added)", ledger.padding, PADDING, "++")]
     parts = [part for part in parts if part[1]]
@@ -79,10 +81,10 @@ def ledger_bar(ledger: Ledger | dict[str, Any]) -> Picture:
         axes.barh(0, count, left=start, color=colour, hatch=hatch, edgecolor="white", label=label)
         start += count
     axes.set(xlim=(0, max(start, 1)), yticks=[], xlabel="tokens")
-    axes.set_title(f"{ledger.records:,} records, {ledger.raw:,} tokens", fontsize=10)
+    axes.set_title(f"{ledger.records:,} records, {ledger.raw:,} tokens")
     frame(axes, ("bottom",))
     if parts:
-        figure.legend(loc="outside lower left", fontsize=8, frameon=False)
+        figure.legend(loc="outside lower left")
     summary = f"{ledger.raw:,} tokens, {ledger.trained / raw:.1%} trained"
     return Picture(figure, {"parts": {name: count for name, count, _, _ in parts}, "raw": ledger.raw}, summary)
 

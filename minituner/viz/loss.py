@@ -17,7 +17,8 @@ import numpy as np
 
 from minituner.errors import UsageError
 from minituner.train.callbacks import Callback
-from minituner.viz.picture import Picture, frame, new_figure
+from minituner.viz.picture import Picture, new_figure
+from minituner.viz.style import BLUE, ORANGE, SKY, styled
 
 if TYPE_CHECKING:
     from minituner.train.loop import Run
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SMOOTHING = 0.9  # weight of the past in the running mean: about the last ten steps
 
 
+@styled
 def loss_curve(metrics: Sequence[Mapping[str, Any]]) -> Picture:
     """Loss and learning rate by step, from a run's metrics (or the lines of its metrics.jsonl).
 
@@ -43,18 +45,15 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]]) -> Picture:
     figure = new_figure(8, 4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     mark = "." if len(steps) < 50 else ""
-    top.plot(steps, loss, color="#56b4e9", linewidth=0.8, marker=mark, label="loss of each step")
-    top.plot(steps, smoothed, color="#0072b2", linewidth=2, label="running mean")
+    top.plot(steps, loss, color=SKY, linewidth=0.8, linestyle="-", marker=mark, label="loss of each step")
+    top.plot(steps, smoothed, color=BLUE, linewidth=2, linestyle="-", label="running mean")
     top.set_ylabel("loss per trained token")
-    top.legend(fontsize=8, frameon=False)
-    bottom.plot(steps, rate, color="#e69f00", linewidth=1.5, linestyle="--")
+    top.legend()
+    bottom.plot(steps, rate, color=ORANGE, linewidth=1.5, linestyle="--")
     bottom.set(xlabel="optimizer step", ylabel="lr", ylim=(0, None))
-    for axes in (top, bottom):
-        axes.tick_params(labelsize=8)
-        frame(axes)
     lost = int((~np.isfinite(loss)).sum())
     summary = f"step {steps[-1]}: loss {loss[-1]:.4f}, running mean {smoothed[-1]:.4f}"
-    top.set_title(summary + (f"; {lost} steps not finite" if lost else ""), fontsize=10)
+    top.set_title(summary + (f"; {lost} steps not finite" if lost else ""))
     data = {"steps": steps, "loss": loss, "smoothed": smoothed, "learning_rate": rate, "not_finite": lost}
     return Picture(figure, data, summary)
 

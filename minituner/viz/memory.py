@@ -1,26 +1,29 @@
 """Memory bars: what lies in memory while a model is trained, one bar a method (or a rank), one colour a part.
 
     full    |weights|gradients|optimizer        |activ.|     2.5 GB
-            |///////|/////////|/////////////////|//////|     2.5 GB measured
+            #weights#gradients#optimizer########activ.##     2.5 GB measured
     qlora   |w|activ.|                                       0.5 GB
 
-The first bar of a name is what a formula predicts, the hatched one under it what was measured: a prediction nobody
-checked is a guess. Lessons: notebooks 05, 07 and 08.
+The first bar of a name is what a formula predicts, the one with a black outline under it what was measured: a
+prediction nobody checked is a guess. Lessons: notebooks 05, 07 and 08.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from minituner.errors import UsageError
-from minituner.viz.picture import PALETTE, Picture, frame, new_figure
+from minituner.viz.picture import Picture, frame, new_figure
+from minituner.viz.style import SMALL, bar, styled
 
 Parts = Mapping[str, float]  # part -> bytes, in the order drawn
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
 
 
+@styled
 def memory_bars(rows: Mapping[str, Parts], measured: Mapping[str, Parts] | None = None) -> Picture:
-    """Stacked bars of bytes: `rows` as predicted, `measured` hatched below the row of the same name.
+    """Stacked bars of bytes: `rows` as predicted, `measured` outlined below the row of the same name.
 
     Names may be in one of the two only. `data` has `rows` and `measured` (name -> part -> bytes), `totals` and
     `measured_totals` (name -> bytes), and `parts` (in the order of their colours).
@@ -40,7 +43,7 @@ def memory_bars(rows: Mapping[str, Parts], measured: Mapping[str, Parts] | None 
             raise UsageError(f"memory_bars: {name}: {negative[0]} is {kind[name][negative[0]]} bytes")
     widest = max(sum(kind[name].values()) for name, kind in bars)
     unit = unit_of(widest)
-    colours = {part: PALETTE[i % len(PALETTE)] for i, part in enumerate(parts)}
+    looks = {part: bar(i) for i, part in enumerate(parts)}
     figure = new_figure(8, 1.1 + 0.34 * len(bars) + 0.12 * len(names))
     axes = figure.add_subplot()
     place, ticks = 0.0, []
@@ -48,18 +51,18 @@ def memory_bars(rows: Mapping[str, Parts], measured: Mapping[str, Parts] | None 
         kinds = [kind for kind in (predicted, seen) if name in kind]
         ticks.append(place + 0.5 * (len(kinds) - 1))
         for kind in kinds:
-            _draw(axes, place, kind[name], colours, unit, is_measured=kind is seen)
+            _draw(axes, place, kind[name], looks, unit, is_measured=kind is seen)
             place += 1
         place += 0.35
     for part in parts:
-        axes.barh(0, 0, color=colours[part], label=part)
+        axes.barh(0, 0, label=part, **looks[part])
     if seen:
-        axes.barh(0, 0, color="white", edgecolor="black", hatch="////", label="measured")
+        axes.barh(0, 0, color="white", edgecolor="black", label="measured")
     axes.set(yticks=ticks, yticklabels=names, xlabel=unit[1], xlim=(0, 1.16 * max(widest, 1) / unit[0]))
     axes.invert_yaxis()
     frame(axes, ("bottom",))
     axes.tick_params(left=False)
-    figure.legend(loc="outside upper left", ncols=len(parts) + bool(seen), fontsize=8, frameon=False)
+    figure.legend(loc="outside upper left", ncols=len(parts) + bool(seen))
     data = {
         "rows": predicted,
         "measured": seen,
@@ -84,12 +87,18 @@ def as_text(size: float) -> str:
 
 
 def _draw(
-    axes: object, place: float, parts: Parts, colours: Mapping[str, str], unit: tuple[float, str], *, is_measured: bool
+    axes: Any,
+    place: float,
+    parts: Parts,
+    looks: Mapping[str, dict[str, Any]],
+    unit: tuple[float, str],
+    *,
+    is_measured: bool,
 ) -> None:
     start = 0.0
     for part, size in parts.items():
-        style = {"hatch": "////", "alpha": 0.75} if is_measured else {}
-        axes.barh(place, size / unit[0], left=start, height=0.9, color=colours[part], edgecolor="white", **style)
+        look = {**looks[part], "edgecolor": "black"} if is_measured else looks[part]
+        axes.barh(place, size / unit[0], left=start, height=0.9, **look)
         start += size / unit[0]
     words = as_text(sum(parts.values())) + (" measured" if is_measured else "")
-    axes.annotate(words, (start, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.annotate(words, (start, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=SMALL)

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 
 from minituner.errors import UsageError
-from minituner.viz.picture import PALETTE, Picture, frame, new_figure
+from minituner.viz.picture import Picture, new_figure
+from minituner.viz.style import BAD, BLUE, styled
 
-CLEAN, BROKEN = PALETTE[0], PALETTE[5]
+CLEAN, BROKEN = BLUE, BAD
 Metrics = Sequence[Mapping[str, Any]]
 FALLS = 0.05  # a curve falls if its last third is below its first by this share
 
 
+@styled
 def museum_curves(clean: Metrics, broken: Mapping[str, Metrics]) -> Picture:
     """Training loss by step: one field for the clean run, one for each fault, all with the same axes.
 
@@ -45,17 +47,16 @@ def museum_curves(clean: Metrics, broken: Mapping[str, Metrics]) -> Picture:
     good = data["clean"]
     for axes, name in zip(fields, runs, strict=True):
         own = name == "clean"
-        style = {"color": CLEAN, "marker": "o"} if own else {"color": BROKEN, "marker": "X", "linestyle": "--"}
+        color, linestyle, marker = (CLEAN, "-", "o") if own else (BROKEN, "--", "X")
         if not own:  # to compare with, thin
-            axes.plot(good["steps"], good["loss"], color=CLEAN, linewidth=0.8, alpha=0.6)
-        axes.plot(data[name]["steps"], data[name]["loss"], linewidth=1.8, markersize=4, **style)
+            axes.plot(good["steps"], good["loss"], color=CLEAN, linestyle="-", linewidth=0.8, alpha=0.6)
+        loss = data[name]["loss"]
+        axes.plot(data[name]["steps"], loss, color=color, linestyle=linestyle, marker=marker, markersize=4)
         verdict = "falls" if data["falls"][name] else "does not fall"
-        axes.set_title(f"{name}: {verdict}", fontsize=10, color=style["color"])
-        axes.set_xlabel("optimizer step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        frame(axes)
+        axes.set_title(f"{name}: {verdict}", color=color)
+        axes.set_xlabel("optimizer step")
     fields[0].set_ylim(0, 1.05 * max(float(np.max(data[name]["loss"], initial=0.1)) for name in runs))
-    fields[0].set_ylabel("loss per trained token", fontsize=8)
+    fields[0].set_ylabel("loss per trained token")
     last = "; ".join(
         f"{name} {data[name]['loss'][0]:.3f} to {data[name]['loss'][-1]:.3f}"
         f" ({'falls' if data['falls'][name] else 'does not fall'})"

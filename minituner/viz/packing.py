@@ -16,9 +16,11 @@ import numpy.typing as npt
 
 from minituner.data.packing import Packs, Pieces
 from minituner.errors import UsageError
-from minituner.viz.picture import HATCHES, PALETTE, Picture, frame, new_figure
+from minituner.viz.picture import Picture, frame, new_figure
+from minituner.viz.style import FAINT, bar, styled
 
 
+@styled
 def packing_bins(
     packs: Packs | Pieces | Sequence[Sequence[Any]],
     lengths: npt.ArrayLike,
@@ -46,10 +48,10 @@ def packing_bins(
     for row, pack in enumerate(shown):
         _draw_pack(axes, row, pack, by_record=isinstance(packs, Pieces))
     for row in range(len(shown)):
-        axes.barh(row, max_length, color="none", edgecolor="#555555", linewidth=0.6, height=0.8)
+        axes.barh(row, max_length, color="none", edgecolor=FAINT, linewidth=0.6, height=0.8)
     hidden = len(totals) - len(shown)
     summary = f"{len(totals):,} packs of at most {max_length:,} tokens, {fill:.1%} full"
-    axes.set_title(summary + (f" (the first {limit} drawn)" if hidden else ""), fontsize=10)
+    axes.set_title(summary + (f" (the first {limit} drawn)" if hidden else ""))
     axes.set(xlim=(0, max_length), ylim=(len(shown) - 0.4, -0.6), xlabel="tokens", ylabel="pack")
     axes.yaxis.get_major_locator().set_params(integer=True)
     frame(axes, ())
@@ -68,7 +70,6 @@ def _draw_pack(axes: Any, row: int, pack: list[tuple[int, int]], by_record: bool
     """Neighbours differ in colour; with `by_record` the pieces of a cut record match across packs."""
     start = 0
     for place, (record, tokens) in enumerate(pack):
-        number = record if by_record else place
-        colour, hatch = PALETTE[number % len(PALETTE)], HATCHES[number % len(HATCHES)]
-        axes.barh(row, tokens, left=start, color=colour, hatch=hatch, edgecolor="white", linewidth=0.8, height=0.8)
+        look = bar(record if by_record else place)
+        axes.barh(row, tokens, left=start, linewidth=0.8, height=0.8, **look)
         start += tokens

@@ -2,13 +2,14 @@
 
     figure   ----shown in Jupyter as a PNG, once (it is never known to pyplot, which would show it a second time)
     data     ----what a test or an exercise asserts on: plain values and numpy arrays
-    summary  ----one line of text for those who do not see the figure
+    summary  ----one line of text for those who do not see the figure: the image's alt text
 
 Lessons: notebooks 01 to 04 and 07.
 """
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,12 +17,11 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from minituner.data.token_view import visible
-from minituner.errors import UsageError
+from minituner.viz.style import DPI, need_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DPI = 100
 MISSING = "·"  # drawn for a character that no font of this machine has
 LATIN, WIDE = "DejaVu Sans Mono", "DejaVu Sans"  # matplotlib brings both
 CHINESE = (
@@ -39,9 +39,6 @@ CHINESE = (
     "Heiti SC",
     "Arial Unicode MS",
 )
-# The Okabe-Ito palette: told apart by colour-blind readers, and of different lightness in print.
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
-HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++")
 
 
 @dataclass(repr=False)
@@ -62,6 +59,11 @@ class Picture:
             picture.convert("RGB").quantize(64).save(small, format="png", optimize=True)
         return small.getvalue()
 
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
+        """What Jupyter asks for first: the PNG, the words, and the words again as the image's alt text."""
+        image = b64encode(self._repr_png_()).decode("ascii")
+        return {"image/png": image, "text/plain": repr(self)}, {"image/png": {"alt": self.summary}}
+
     def __repr__(self) -> str:
         return f"Picture({self.summary})"
 
@@ -76,14 +78,9 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         UsageError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError(
-            "pictures need matplotlib, which is not installed",
-            fix="install it; viz.token_html works without",
-            next_command="pip install 'minituner[notebooks]'",
-        ) from None
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from minituner.errors import UsageError
-from minituner.viz.picture import PALETTE, Picture, new_figure
+from minituner.viz.picture import Picture, frame, new_figure
+from minituner.viz.style import OUTLINE, bar, styled
 
 KINDS = ("weights", "gradients", "averages")
 CUT_FROM = {"averages": 1, "gradients": 2, "weights": 3}  # the stage from which each kind is cut
 
 
+@styled
 def shard_map(world_size: int = 4) -> Picture:
     """ZeRO stages 0 to 3: what each rank stores of weights, gradients and AdamW's averages.
 
@@ -37,10 +39,10 @@ def shard_map(world_size: int = 4) -> Picture:
     for (stage, rank), kinds in held.items():
         for line, (start, end) in enumerate(kinds.values()):
             left, bottom = rank * 1.15, -stage * 1.25 - line * 0.3
-            axes.barh(bottom, 1, left=left, height=0.24, color="none", edgecolor="#999999", linewidth=0.6)
-            axes.barh(bottom, end - start, left=left + start, height=0.24, color=PALETTE[line])
+            axes.barh(bottom, 1, left=left, height=0.24, color="none", edgecolor=OUTLINE, linewidth=0.6)
+            axes.barh(bottom, end - start, left=left + start, height=0.24, **bar(line))
     for line, kind in enumerate(KINDS):
-        axes.barh(0, 0, color=PALETTE[line], label=kind + (" (m, v)" if kind == "averages" else ""))
+        axes.barh(0, 0, label=kind + (" (m, v)" if kind == "averages" else ""), **bar(line))
     axes.set(
         xticks=[rank * 1.15 + 0.5 for rank in range(world_size)],
         xticklabels=[f"rank {rank}" for rank in range(world_size)],
@@ -49,8 +51,8 @@ def shard_map(world_size: int = 4) -> Picture:
     )
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    frame(axes, ())
+    figure.legend(loc="outside lower center", ncols=3)
     return Picture(figure, {"held": held}, f"what each of {world_size} ranks stores at ZeRO stages 0 to 3")
 
 
@@ -58,6 +60,7 @@ def _share(kind: str, stage: int, rank: int, world_size: int) -> tuple[float, fl
     return (rank / world_size, (rank + 1) / world_size) if stage >= CUT_FROM[kind] else (0.0, 1.0)
 
 
+@styled
 def sequence_split(seq_lens: Sequence[int], heads: int, world_size: int = 2) -> Picture:
     """A packed row under sequence parallel: who holds which token of which head, outside attention and inside.
 
@@ -77,9 +80,9 @@ def sequence_split(seq_lens: Sequence[int], heads: int, world_size: int = 2) -> 
         axes = figure.add_subplot(1, 2, place + 1)
         _grid(axes, ranks, title, borders.tolist())
     for rank in range(world_size):
-        figure.axes[0].barh(0, 0, color=PALETTE[rank % len(PALETTE)], label=f"rank {rank}")
+        figure.axes[0].barh(0, 0, label=f"rank {rank}", **bar(rank))
     figure.axes[0].plot([], [], color="black", linewidth=2, label="border of documents")
-    figure.legend(loc="outside lower center", ncols=world_size + 1, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=world_size + 1)
     summary = f"{tokens} tokens, {heads} heads on {world_size} ranks: cut by tokens outside attention, by heads inside"
     return Picture(figure, {"outside": outside, "inside": inside}, summary)
 
@@ -88,10 +91,9 @@ def _grid(axes: Any, ranks: np.ndarray, title: str, borders: Sequence[int]) -> N
     heads, tokens = ranks.shape
     for head in range(heads):
         for token in range(tokens):
-            colour = PALETTE[int(ranks[head, token]) % len(PALETTE)]
-            axes.barh(head, 1, left=token, height=0.96, color=colour, edgecolor="white", linewidth=0.6)
+            axes.barh(head, 1, left=token, height=0.96, linewidth=0.6, **bar(int(ranks[head, token])))
     for border in borders:
         axes.axvline(border, color="black", linewidth=2)
     axes.set(xlim=(0, tokens), ylim=(heads - 0.5, -0.5), xlabel="token", ylabel="head", yticks=range(heads))
-    axes.set_title(title, fontsize=10)
-    axes.spines[:].set_visible(False)
+    axes.set_title(title)
+    frame(axes, ())

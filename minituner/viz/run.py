@@ -19,18 +19,20 @@ import numpy as np
 
 from minituner.errors import UsageError
 from minituner.viz.loss import running_mean
-from minituner.viz.picture import Picture, frame, new_figure
+from minituner.viz.picture import Picture, new_figure
+from minituner.viz.style import BLUE, GREEN, ORANGE, PINK, READ, SKY, SMALL, VERMILION, styled
 
 # Below the loss: name in metrics.jsonl, label, colour.
 CURVES = (
-    ("learning_rate", "learning rate", "#e69f00"),
-    ("grad_norm", "gradient norm", "#cc79a7"),
-    ("tokens_per_second", "tokens/s", "#009e73"),
+    ("learning_rate", "learning rate", ORANGE),
+    ("grad_norm", "gradient norm", PINK),
+    ("tokens_per_second", "tokens/s", GREEN),
 )
 NAMES = ("loss", *(name for name, _, _ in CURVES), "gemm_share")
 ENDINGS = (".png", ".svg", ".pdf")
 
 
+@styled
 def run_curves(work_dir: str | Path) -> Picture:
     """Loss, held-out loss, learning rate, gradient norm and tokens/s of a training, by optimizer step.
 
@@ -121,24 +123,22 @@ def _draw(data: dict[str, Any]) -> Any:
     figure = new_figure(8, 7)
     steps, mark = data["steps"], "." if len(data["steps"]) < 50 else ""
     top, *rest = figure.subplots(1 + len(CURVES), 1, sharex=True, height_ratios=[4, *[1.3] * len(CURVES)])
-    top.plot(steps, data["loss"], color="#56b4e9", linewidth=0.8, marker=mark, label="loss of each step")
-    top.plot(steps, running_mean(data["loss"]), color="#0072b2", linewidth=2, label="running mean")
+    top.plot(steps, data["loss"], color=SKY, linestyle="-", linewidth=0.8, marker=mark, label="loss of each step")
+    top.plot(steps, running_mean(data["loss"]), color=BLUE, linestyle="-", linewidth=2, label="running mean")
     if len(data["eval_steps"]):
-        held_out = {"color": "#d55e00", "marker": "o", "markersize": 4, "linewidth": 1.5}
+        held_out = {"color": VERMILION, "linestyle": "--", "marker": "o", "linewidth": 1.5}
         top.plot(data["eval_steps"], data["eval_loss"], label="eval_loss (held out)", **held_out)
     top.set_ylabel("loss per trained token")
-    top.legend(fontsize=8, frameon=False)
-    top.set_title(_summary(data), fontsize=9)
+    top.legend()
+    top.set_title(_summary(data))
     for axes, (name, label, colour) in zip(rest, CURVES, strict=True):
-        axes.plot(steps, data[name], color=colour, linewidth=1.2, marker=mark)
+        axes.plot(steps, data[name], color=colour, linestyle="-", linewidth=1.2, marker=mark)
         axes.set(ylabel=label, ylim=(0, None))
     rest[-1].set_xlabel("optimizer step")
     for axes in (top, *rest):
         for step in data["resumed_at"]:
-            axes.axvline(step - 0.5, color="#bdbdbd", linestyle=":", linewidth=1)
-        axes.tick_params(labelsize=8)
-        axes.yaxis.label.set_fontsize(8)
-        frame(axes)
+            axes.axvline(step - 0.5, color=READ, linestyle=":", linewidth=1)
+        axes.yaxis.label.set_fontsize(SMALL)
     return figure
 
 

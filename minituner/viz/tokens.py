@@ -21,8 +21,10 @@ from minituner.data.encoding import IGNORE, Encoded
 from minituner.data.token_view import COLOURS, ROLES, Role, TokenView, token_views
 from minituner.errors import UsageError
 from minituner.viz.picture import LATIN, Picture, drawable, fonts, lacks_a_font, new_figure
+from minituner.viz.style import FAINT, INK, LABEL, OUTLINE, SMALL, styled
 
 HATCH: dict[Role, str] = {"trained": "", "masked": "", "stop": "////", "bos": "...."}
+MARK: dict[Role, str] = {"trained": " (underlined)", "masked": "", "stop": " (boxed)", "bos": " (dotted)"}
 CHARACTER, LINE = 0.085, 0.3  # inches: a monospaced character, a line of tokens
 SHORT = 12  # characters of a token in the label strip
 
@@ -53,6 +55,7 @@ def token_html(document: Encoded, tokenizer: Any, *, show_ids: bool = False, lim
     return TokenHtml(legend_html() + tokens_html(views, show_ids=show_ids) + more, data, summary)
 
 
+@styled
 def token_strip(
     document: Encoded, tokenizer: Any, *, width: int = 100, show_ids: bool = False, limit: int = 400
 ) -> Picture:
@@ -72,13 +75,14 @@ def token_strip(
     for view, label, (line, column, columns) in zip(views, labels, places, strict=True):
         _box(axes, view.role, column, line, columns, drawable(label))
     if data["hidden"]:
-        axes.text(0, lines + 0.5, f"... and {data['hidden']:,} more tokens", va="center", fontsize=9)
+        axes.text(0, lines + 0.5, f"... and {data['hidden']:,} more tokens", va="center")
     axes.set(xlim=(0, width), ylim=(lines + bool(data["hidden"]), 0))
     axes.axis("off")
     _legend(figure, views)
     return Picture(figure, data, summary)
 
 
+@styled
 def label_strip(document: Encoded, tokenizer: Any, *, columns: int = 14, limit: int = 70) -> Picture:
     """Three rows for the first `limit` tokens: position, input token, and the label that it is asked to predict.
 
@@ -95,17 +99,17 @@ def label_strip(document: Encoded, tokenizer: Any, *, columns: int = 14, limit: 
     for i in range(n):
         block, column = divmod(i, columns)
         top = block * 4
-        axes.text(column + 0.5, top + 0.5, str(i), ha="center", va="center", fontsize=8, color="#555555")
+        axes.text(column + 0.5, top + 0.5, str(i), ha="center", va="center", fontsize=SMALL, color=FAINT)
         text = drawable(_shortened(views[i].text, SHORT))
-        _box(axes, views[i].role, column, top + 1, 1, text, pad=0.04, size=8)
+        _box(axes, views[i].role, column, top + 1, 1, text, pad=0.04, size=SMALL)
         if targets[i] == IGNORE:
-            axes.plot(column + 0.5, top + 2.5, marker="o", color="#aaaaaa", markersize=6)
+            axes.plot(column + 0.5, top + 2.5, marker="o", color=OUTLINE, markersize=6)
         else:
             text = drawable(_shortened(views[i + 1].text, SHORT))
-            _box(axes, views[i + 1].role, column, top + 2, 1, text, pad=0.04, size=8)
+            _box(axes, views[i + 1].role, column, top + 2, 1, text, pad=0.04, size=SMALL)
     for block in range(blocks):
         for row, name in enumerate(("position", "input", "predicts")):
-            axes.text(-0.1, block * 4 + row + 0.5, name, ha="right", va="center", fontsize=8)
+            axes.text(-0.1, block * 4 + row + 0.5, name, ha="right", va="center", fontsize=SMALL)
     axes.set(xlim=(-0.9, columns), ylim=(blocks * 4, 0))
     axes.axis("off")
     _legend(figure, views[:n], dot=True)
@@ -155,7 +159,7 @@ def _laid_out(widths: list[int], width: int) -> tuple[list[tuple[int, int, int]]
 
 
 def _box(
-    axes: Any, role: Role, x: float, y: float, width: float, text: str, *, pad: float = 0.1, size: float = 9
+    axes: Any, role: Role, x: float, y: float, width: float, text: str, *, pad: float = 0.1, size: float = LABEL
 ) -> None:
     """One token: a tinted box, hatched for stop and BOS, with a thick line below when it is trained."""
     from matplotlib.patches import Rectangle
@@ -171,7 +175,7 @@ def _box(
     if role in ("trained", "stop"):
         axes.plot([x + pad, x + width - pad], [y + 0.88, y + 0.88], color=edge, linewidth=2, solid_capstyle="butt")
     families = fonts()[0] or [LATIN]
-    axes.text(x + width / 2, y + 0.5, text, ha="center", va="center", fontsize=size, family=families, color="#111111")
+    axes.text(x + width / 2, y + 0.5, text, ha="center", va="center", fontsize=size, family=families, color=INK)
 
 
 def _legend(figure: Any, views: list[TokenView], dot: bool = False) -> None:
@@ -180,12 +184,12 @@ def _legend(figure: Any, views: list[TokenView], dot: bool = False) -> None:
 
     roles = {view.role for view in views}
     handles: list[Any] = [
-        Patch(facecolor=COLOURS[role][0], edgecolor=COLOURS[role][1], hatch=HATCH[role], label=meaning)
+        Patch(facecolor=COLOURS[role][0], edgecolor=COLOURS[role][1], hatch=HATCH[role], label=meaning + MARK[role])
         for role, meaning in ROLES.items()
         if role in roles
     ]
     if dot:
-        handles.append(Line2D([], [], marker="o", color="#aaaaaa", linestyle="", label="-100: asked nothing"))
+        handles.append(Line2D([], [], marker="o", color=OUTLINE, linestyle="", label="-100: asked nothing"))
     split = any(view.continues for view in views)
     if lacking := any(lacks_a_font(view.text) for view in views):
         meaning = "no font here has this character (viz.token_html shows it)"
@@ -193,5 +197,5 @@ def _legend(figure: Any, views: list[TokenView], dot: bool = False) -> None:
     else:
         meaning = "goes on with the character before"
     if lacking or split:
-        handles.append(Line2D([], [], marker=".", color="#111111", markersize=3, linestyle="", label=meaning))
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8, frameon=False)
+        handles.append(Line2D([], [], marker=".", color=INK, markersize=3, linestyle="", label=meaning))
+    figure.legend(handles=handles, loc="outside lower left", ncols=2)

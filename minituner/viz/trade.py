@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minituner.errors import UsageError
-from minituner.viz.picture import PALETTE, Picture, drawable, fonts, frame, new_figure
+from minituner.viz.picture import Picture, drawable, fonts, new_figure
+from minituner.viz.style import GRID, LINES, OUTLINE, SMALL, line, styled
 
-MARKERS = "osD^vP*"
-LINES = ("-", "--", ":", "-.")
 NEEDED = ("step", "identity_rate", "retention_kl")
 
 
+@styled
 def tradeoff(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], beside: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
 ) -> Picture:
@@ -49,28 +49,25 @@ def tradeoff(
     for i, (name, points) in enumerate(grey.items()):
         axes.plot(
             *_line(points),
-            color="#999999",
+            color=OUTLINE,
             linewidth=1,
-            linestyle=LINES[i % 4],
+            linestyle=LINES[i % len(LINES)],
             marker=".",
             label=drawable(name),
             zorder=1,
         )
     for i, (name, points) in enumerate(drawn.items()):
         x, y = _line(points)
-        style = {"color": PALETTE[i % len(PALETTE)], "linestyle": LINES[i % 4], "marker": MARKERS[i % len(MARKERS)]}
-        axes.plot(x, y, linewidth=2, markersize=6, label=drawable(name), zorder=2, **style)
+        axes.plot(x, y, label=drawable(name), zorder=2, **line(i))
         for point, x_, y_ in zip(points, x, y, strict=True):
-            axes.annotate(str(point["step"]), (x_, y_), xytext=(5, -11), textcoords="offset points", fontsize=8)
+            axes.annotate(str(point["step"]), (x_, y_), xytext=(5, -11), textcoords="offset points", fontsize=SMALL)
     axes.set(
         xlabel="lost: KL from the untuned model, nats a token", ylabel="learned: identity rate", ylim=(-0.08, 1.08)
     )
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     axes.set_xlim(left=min(0, *axes.get_xlim()))
-    axes.axhline(1, color="#cccccc", linewidth=0.8, zorder=0)
-    axes.tick_params(labelsize=8)
-    frame(axes)
-    figure.legend(loc="outside right upper", frameon=False, prop={"family": fonts()[0], "size": 8})
+    axes.axhline(1, color=GRID, linewidth=0.8, zorder=0)
+    figure.legend(loc="outside right upper", prop={"family": fonts()[0], "size": SMALL})
     ends = [f"{name}: {p[-1]['identity_rate']:.0%} at KL {p[-1]['retention_kl']:.2f}" for name, p in drawn.items()]
     data = {name: _columns(points) for name, points in [*drawn.items(), *grey.items()]}
     return Picture(figure, data, "; ".join(ends))

@@ -24,7 +24,7 @@ def png(picture: viz.Picture) -> bytes:
     return data
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     st.lists(st.integers(1, 20), min_size=1, max_size=5),
     st.integers(1, 9),

@@ -112,6 +112,7 @@ def test_a_picture_goes_where_it_can(tmp_path: Path) -> None:
         plot(tmp_path, tmp_path / "nowhere" / "a.png")
 
 
+@pytest.mark.slow
 def test_the_command_draws_a_real_run_and_prints_the_same_numbers(
     own_home: Path, model_folder: Path, chats: Path, tmp_path: Path
 ) -> None:

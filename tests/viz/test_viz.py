@@ -62,6 +62,7 @@ def test_token_strip_gives_texts_ids_roles(tokenizer: Any) -> None:
     assert viz.token_strip(shown, tokenizer, limit=5).data["hidden"] == len(shown) - 5
 
 
+@pytest.mark.slow
 def test_token_strip_takes_anything(tokenizer: Any) -> None:
     for text in ("", " ", "\u202e\x1b[31m", "x" * 300, "กำ \U000e0041 ا", "$\\frac{1}{2}$ _^{"):
         png(viz.token_strip(document(tokenizer, text, text or "a"), tokenizer))
