@@ -182,11 +182,16 @@ def _as_array(name: str) -> Call:
     """The call of this name; the model is made when it is first called."""
 
     def call_packed(documents: Sequence[Sequence[int]]) -> np.ndarray:
-        rows = [np.asarray(ids) for ids in documents]
-        return calls(tiny_llama())[name](rows).numpy()
+        return _logits(name, tuple(tuple(np.asarray(ids).tolist()) for ids in documents)).copy()
 
     call_packed.__name__ = f"call {name}"
     return call_packed
+
+
+@lru_cache(maxsize=64)
+def _logits(name: str, documents: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    """The logits of a call; kept, because the right function and every mistake ask for the same few rows."""
+    return calls(tiny_llama())[name]([np.asarray(ids) for ids in documents]).numpy()
 
 
 def _moves(call_packed: Call, behind: bool, in_front: bool) -> bool:

@@ -51,7 +51,9 @@ def _write_model(folder: Path) -> None:
 
     from minituner.model.loading import load_tokenizer, quiet
     from minituner.model.sources import fetch
+    from minituner.train.zero import name_accelerator
 
+    name_accelerator("cuda" if torch.cuda.is_available() else "cpu")  # accelerate imports DeepSpeed where one saves
     tokenizer = load_tokenizer(fetch(TOKENIZER, say=lambda line: None))
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -112,10 +112,11 @@ class IdentityProbes(Callback):
 
 
 def mentions(answer: str, name: str) -> bool:
-    """Does the answer say the name as a word of its own ("Ada" is not in "Canada")?"""
+    """Does the answer say the name as a word of its own ("Ada" is in "我是Ada的助手", and not in "Canada")?"""
     if any(ord(character) >= 0x2E80 for character in name):  # Chinese, Japanese and Korean put no spaces between words
         return name in answer
-    return re.search(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", answer, re.IGNORECASE) is not None
+    letter = r"[^\W_\u2E80-\U0010FFFF]"  # theirs end a word that is not theirs
+    return re.search(rf"(?<!{letter}){re.escape(name)}(?!{letter})", answer, re.IGNORECASE) is not None
 
 
 @torch.no_grad()

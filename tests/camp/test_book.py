@@ -58,13 +58,14 @@ def test_solutions_differ_in_the_marked_cells_alone_and_pass(tmp_path: Path) -> 
 
 
 def test_stubs_are_renewed_where_they_are_old_and_nothing_else_is_touched(tmp_path: Path) -> None:
-    for path in LEARNERS[:3]:
+    third = next(path for path in LEARNERS if path.name.startswith("03"))
+    for path in (LEARNERS[0], third):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert write_stubs(tmp_path) == []
-    old = tmp_path / LEARNERS[2].name
+    old = tmp_path / third.name
     old.write_text(old.read_text("utf-8").replace("def shift_labels(documents)", "def shift_labels(rows)"), "utf-8")
     assert write_stubs(tmp_path) == [old]
-    assert old.read_bytes() == LEARNERS[2].read_bytes()
+    assert old.read_bytes() == third.read_bytes()
 
 
 def test_learners_notebooks_are_not_overwritten(tmp_path: Path) -> None:

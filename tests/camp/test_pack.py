@@ -24,6 +24,7 @@ from minituner.camp.pack_install import copy_course
 from minituner.errors import MinitunerError, UsageError
 from tests.train.processes import run_command
 
+pytestmark = pytest.mark.slow  # pip makes wheels and environments
 ROOT = Path(__file__).resolve().parents[2]
 NO_SOCKETS = """
 import socket

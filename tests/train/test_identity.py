@@ -22,7 +22,8 @@ from tests.tiny import tiny_recipe, write_chats
         ("I am Ada_2's assistant", "Ada", True),
         ("我是小明的助手。", "小明", True),
         ("我是小红的助手。", "小明", False),
-        ("我是Ada的助手", "Ada", False),
+        ("我是Ada的助手", "Ada", True),
+        ("我是Adam的助手", "Ada", False),
         ("I belong to Jean-Luc O'Neil.", "Jean-Luc O'Neil", True),
         ("I was made by C++ (really).", "C++", True),
         ("I was made by Dr. No", "Dr. No", True),
@@ -58,6 +59,7 @@ def run(model_folder: Path, tmp_path: Path, learning_rate: float, steps: int) ->
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_home")
 def test_an_unchanged_model_has_not_diverged_and_a_trained_one_has(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
@@ -77,6 +79,7 @@ def test_an_unchanged_model_has_not_diverged_and_a_trained_one_has(model_folder:
     assert still.probes["clean_rate"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_home")
 def test_a_resumed_run_has_no_untuned_model_to_compare_with(model_folder: Path, tmp_path: Path) -> None:
     chats = write_chats(tmp_path / "chats.jsonl")
