@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from tests.tiny import tiny_folder, write_chats
 def _one_thread() -> None:
     """Matrices this small are done before a second thread has started; on a busy machine waiting for it takes ages."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported_modules_are_not_garbage() -> None:
+    """Every run collects garbage when it ends; it need not look through half a million objects of imported code."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -28,9 +28,14 @@ def locked(text: str) -> dict[str, str]:
     }
 
 
+def public(version: str) -> str:
+    """2.13.0 of 2.13.0+cpu: a build for another device is no other version."""
+    return version.partition("+")[0]
+
+
 def changed(pins: dict[str, str]) -> list[str]:
     """The packages of this environment whose version is not the lock's."""
-    here = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in distributions()}
+    here = {(d.metadata["Name"] or "").lower().replace("_", "-"): public(d.version) for d in distributions()}
     return [f"{name} {pins[name]} -> {here[name]}" for name in sorted(pins) if here.get(name, pins[name]) != pins[name]]
 
 

@@ -17,8 +17,10 @@ def test_pins_are_read() -> None:
 def test_other_versions_are_listed() -> None:
     assert latest.changed({"pytest": pytest.__version__, "no-such-package": "1"}) == []
     assert latest.changed({"pytest": "0.1"}) == [f"pytest 0.1 -> {pytest.__version__}"]
+    assert latest.public("2.13.0+cpu") == latest.public("2.13.0") == "2.13.0"
 
 
+@pytest.mark.slow
 def test_what_broke_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "test_a.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2, 'not the same'\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")

@@ -24,6 +24,7 @@ def overrides(model_folder: Path) -> tuple[str, ...]:
     )
 
 
+@pytest.mark.slow
 def test_it_runs_from_end_to_end_and_says_how_to_go_on(model_folder: Path, tmp_path: Path) -> None:
     arguments = ["quickstart", "--name", "Ada", "--work-dir", "my quickstart", *overrides(model_folder)]
     status, output = run_command(arguments, tmp_path)
@@ -47,6 +48,7 @@ def test_it_runs_from_end_to_end_and_says_how_to_go_on(model_folder: Path, tmp_p
     assert status == 0, output
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_home")
 @pytest.mark.parametrize(
     ("name", "lang"), [("上官云朵", "zh"), ('O\'Neil "Ada": #1 {x}', "en"), (" yes ", "en"), ("Ädá 😀", "both")]

@@ -30,6 +30,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_tutorial_from_list_cfg_to_chat(place: Path) -> None:
     pytest.importorskip("bitsandbytes")
     copied = f"{NAME}_copy.yaml"

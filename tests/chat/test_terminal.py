@@ -94,6 +94,7 @@ def test_ctrl_c_stops_an_answer_or_nothing_and_the_end_of_the_input_leaves(
     assert session.messages[-1].text == "".join(shown)
 
 
+@pytest.mark.slow
 def test_a_real_interrupt_signal_stops_the_answer_while_the_model_computes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ class Browser:
         return bubbles, note if isinstance(note, str) else note.get("value", ""), box.get("value", "")
 
 
+@pytest.mark.slow
 def test_thirty_people_at_once_are_each_answered_or_told_to_wait_and_never_mixed_up(
     house: House, server: Server
 ) -> None:
@@ -210,6 +211,7 @@ def test_a_port_that_is_taken_is_a_message(house: House, server: Server) -> None
         serve(house.host, port=int(server.url.rstrip("/").rpartition(":")[2]), say=lambda line: None)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_before_it_loads_and_serves_until_it_is_interrupted(model_folder: Path) -> None:
     command = [sys.executable, "-m", "minituner", "web"]
     done = subprocess.run(

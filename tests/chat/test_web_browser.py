@@ -12,7 +12,10 @@ from tests.chat.web_site import CHROMIUM, PATIENCE, TOKENS, House, served
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (apt-get install chromium)"),
+]
 
 BOT, USER = ".message.bot", ".message.user"
 PHONE = {"width": 390, "height": 844}

@@ -110,6 +110,7 @@ def test_the_parts_of_a_split_text_stay_on_one_side(tmp_path: Path) -> None:
     assert len(set(where[side.held_out.rows])) == 3
 
 
+@pytest.mark.slow
 def test_several_chunks_and_processes_give_the_same_choice(tmp_path: Path) -> None:
     chats = write_chats(tmp_path / "c.jsonl", 2_100)  # three Arrow chunks
     one = prepared(chats, {"path": str(write_chats(tmp_path / "d.jsonl", 5))})

@@ -110,6 +110,7 @@ def test_every_token_is_in_a_pack_or_in_the_ledger(
     assert supervised == ledger.trained
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chats = write_chats(tmp_path / "many.jsonl", 2300)
     one = run(section(chats))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +13,7 @@ from minituner.data.prepare import prepare
 from minituner.data.prepared_cache import fingerprint, publish
 from tests.data.test_prepare import TOKENIZER, all_tokens, columns, run, section
 from tests.tiny import tiny_tokenizer
+from tests.train.processes import CONTEXT
 
 
 def test_the_cache_is_found_and_gives_the_same(own_home: Path, chats: Path) -> None:
@@ -125,9 +125,8 @@ def _prepare_in_a_process(path: str, home: str, queue: Any) -> None:
 
 
 def test_two_at_once_are_both_right(own_home: Path, chats: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    both = [context.Process(target=_prepare_in_a_process, args=(str(chats), str(own_home), queue)) for _ in range(2)]
+    queue = CONTEXT.Queue()
+    both = [CONTEXT.Process(target=_prepare_in_a_process, args=(str(chats), str(own_home), queue)) for _ in range(2)]
     for process in both:
         process.start()
     results = [queue.get(timeout=120) for _ in both]

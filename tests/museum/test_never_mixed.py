@@ -61,6 +61,7 @@ def test_a_checkpoint_of_the_other_kind_is_not_resumed_from_elsewhere(
     assert "injected: None then, frozen-warm-up now" in refusal.value.why
 
 
+@pytest.mark.slow
 def test_the_same_fault_goes_on_as_if_it_had_never_stopped(
     whole_run: Callable[[str], Whole], model_folder: Path, fault_data: Path, tmp_path: Path, own_home: Path
 ) -> None:
@@ -110,6 +111,7 @@ def test_the_command_line_is_loud_and_refuses_what_cannot_be(
             app(["train", str(tmp_path / "r.yaml"), *arguments], standalone_mode=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mean-of-means", "mask-everything"])
 def test_two_ranks_have_the_same_fault(name: str, model_folder: Path, fault_data: Path, tmp_path: Path) -> None:
     sections = {"train": {"max_steps": 1, "gradient_accumulation_steps": 2}, "evaluate": {"prompts": []}}

@@ -136,7 +136,14 @@ def test_packed_leak_lets_a_neighbour_in(lengths: tuple[int, int], seed: int) ->
     assert moved == 0.0
     assert difference < 1e-5
     with injected("packed-leak", silent) as injection:
-        moved, difference = leak_of(attention.PER_DOCUMENT_SDPA, packed)
+        moved, _ = leak_of(attention.PER_DOCUMENT_SDPA, packed)
     assert moved > 1e-3
-    assert difference > 1e-4
     assert injection.acted == 3  # the three rows with two documents; a document alone has nobody to see
+
+
+def test_packed_leak_changes_the_loss_of_the_pack() -> None:
+    """Of some packs: one document may gain by chance what the other loses."""
+    with injected("packed-leak", silent):
+        differences = [leak_of(attention.PER_DOCUMENT_SDPA, documents((12, 9), seed))[1] for seed in range(4)]
+    assert max(differences) > 1e-4
+    assert min(differences) > 0

@@ -63,6 +63,7 @@ def test_it_is_taken_out_after_an_error_too(name: str) -> None:
     assert all(after[key] is before[key] for key in before)
 
 
+@pytest.mark.slow
 def test_a_module_imported_meanwhile_keeps_nothing_of_it() -> None:
     """In a fresh interpreter: what is first imported inside the block is right after it."""
     code = (

@@ -22,6 +22,7 @@ from minituner.train.loop import TrainResult, train
 from tests.museum.conftest import NAMES, Whole, recipe_for, silent
 from tests.tiny import tiny_recipe
 
+pytestmark = pytest.mark.slow
 WholeRun = Callable[[str], Whole]
 REFUSED = {
     "mask-everything": ["nothing is left to train on: no record has a trained token"],

@@ -81,6 +81,7 @@ def test_peak_memory_is_the_child_s_own(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_failed_process_says_its_last_words(tmp_path: Path) -> None:
     spec = {"job": "pack", "distribution": "uniform", "max_length": 0, "count": 10, "seed": 1}
     with pytest.raises(MinitunerError, match=r"\(pack\) failed with exit status 1.*\n.*why:"):

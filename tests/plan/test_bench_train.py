@@ -74,6 +74,7 @@ def test_the_benchmarks_own_recipe_is_what_the_readme_says() -> None:
     assert recipe.train.gradient_accumulation_steps == recipe.train.per_device_batch_size == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
     values = benchmark_recipe(tmp_path / "no.jsonl").model_dump(mode="json")
     values["model"]["name_or_path"] = str(tmp_path)

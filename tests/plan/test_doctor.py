@@ -279,6 +279,7 @@ def test_the_notebook_s_list_stays_short(own_home: Path) -> None:
     assert [line.split("  ")[0].strip() for line in repr(machine).splitlines()] == keys
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_does_not_import_deepspeed(own_home: Path) -> None:
     """In a fresh process: importing DeepSpeed takes seconds, so the doctor only looks whether it could."""
     code = (

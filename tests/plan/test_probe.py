@@ -17,6 +17,7 @@ from minituner.train.weigh import weigh
 from tests.tiny import tiny_recipe
 
 
+@pytest.mark.slow
 def test_its_steps_are_those_of_the_recipe(model_folder: Path, chats: Path, own_home: Path) -> None:
     recipe = tiny_recipe(model_folder, chats)
     seen = real_steps(recipe, steps=2)

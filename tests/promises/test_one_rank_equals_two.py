@@ -54,6 +54,7 @@ def metrics_of(work_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", SHAPES.values(), ids=SHAPES.keys())
 def test_two_ranks_train_what_one_rank_trains(
     sections: dict[str, dict[str, Any]], model_folder: Path, tmp_path: Path
@@ -93,6 +94,7 @@ def test_the_cases_have_an_empty_micro_batch_and_an_incomplete_window(model_fold
     assert [len(batches[0]) for batches in last] == [1, 0]
 
 
+@pytest.mark.slow
 def test_the_second_rank_writes_and_says_nothing(model_folder: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(model_folder, uneven_chats(tmp_path / "uneven.jsonl"), train={"max_steps": 2})
     recipe.dump(tmp_path / "r.yaml")

@@ -65,6 +65,7 @@ def assert_equal_runs(one: Path, two: Path, steps: int = 2) -> None:
         assert torch.allclose(tensor, second[name], rtol=0, atol=TOLERANCE), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", [*SHAPES.values(), *ZERO.values()], ids=[*SHAPES, *ZERO])
 def test_two_ranks_that_share_rows_train_what_one_rank_trains(
     sections: dict[str, dict[str, Any]], model_folder: Path, tmp_path: Path
@@ -81,11 +82,13 @@ def test_two_ranks_that_share_rows_train_what_one_rank_trains(
     assert bool(_lines(tmp_path / "one")[1]) == bool(recipe.data.holdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "checkpointing"), [(2, False), (4, True)], ids=["2 ranks", "4 ranks, recomputed"])
 def test_loss_and_gradients_are_the_same_for_every_length(size: int, checkpointing: bool, tmp_path: Path) -> None:
     """With 4 ranks there are fewer key-value heads (2) than ranks."""
     run_ranks(compare, size, checkpointing, world_size=size, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_changing_document_a_moves_the_logits_of_document_b_by_exactly_0(tmp_path: Path) -> None:
     run_ranks(neighbour_is_still, 2, world_size=2, cwd=tmp_path)

@@ -40,6 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_every_stage_trains_what_one_rank_trains(shape: dict[str, Any], tmp_path: Path) -> None:
     sections = {name: values for name, values in shape.items() if name != "tie"}
@@ -74,6 +75,7 @@ def test_every_stage_trains_what_one_rank_trains(shape: dict[str, Any], tmp_path
         assert all(tensor.numel() for tensor in exported(tmp_path / name).values()), name
 
 
+@pytest.mark.slow
 def test_one_rank_under_zero_is_one_rank_and_leaves_a_plain_model(tmp_path: Path, own_home: Path) -> None:
     """In this process, one after the other, as in a notebook."""
     from minituner.train.loop import train

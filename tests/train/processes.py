@@ -4,6 +4,7 @@ run = Command(["train", "r.yaml"], cwd)      the command line, in a process of i
 run.wait_for_step(3);  run.send(SIGKILL)     a real signal, whatever the process is doing
 run.finish() -> exit status;  run.output     everything it printed
 ranks_of(["train", "r.yaml"], cwd)           the same command on two ranks, as torchrun would start them
+with forked_ranks(): on_ranks(2, work)       a lesson's ranks, without importing torch anew in each
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.train.preloaded"])
@@ -141,6 +145,13 @@ def rank_environments(world_size: int = 2) -> list[dict[str, str]]:
 def ranks_of(arguments: list[str], cwd: Path, world_size: int = 2) -> list[Command]:
     """`minituner ARGUMENTS` on several ranks of this machine."""
     return [Command(arguments, cwd, environment=environment) for environment in rank_environments(world_size)]
+
+
+@contextmanager
+def forked_ranks() -> Iterator[None]:
+    """Let `on_ranks` fork its ranks from the server; all else is its own. They have the server's environment."""
+    with mock.patch("minituner.train.spawn.multiprocessing", SimpleNamespace(get_context=lambda method: CONTEXT)):
+        yield
 
 
 def finish_all(ranks: list[Command]) -> tuple[list[int], str]:

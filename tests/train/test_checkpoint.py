@@ -227,6 +227,7 @@ def test_no_space_left_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert newest(tmp_path).state["value"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_a_run_exits_1_and_the_run_can_go_on(tmp_path: Path, model_folder: Path, chats: Path) -> None:
     from tests.tiny import tiny_recipe
     from tests.train.processes import Command

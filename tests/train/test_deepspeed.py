@@ -176,6 +176,7 @@ def joined(files: dict[str, str]) -> None:
     ranks.leave()
 
 
+@pytest.mark.slow
 def test_skips_clipping_and_nan_are_what_the_plain_engine_does(tmp_path: Path) -> None:
     files = {}
     zeros = {name: name for name in PRESETS} | {"finely": finely_cut(tmp_path)}
@@ -190,6 +191,7 @@ def test_skips_clipping_and_nan_are_what_the_plain_engine_does(tmp_path: Path) -
 # ---- checkpoints ----
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_any_stage_and_bit_for_bit_under_its_own(tmp_path: Path) -> None:
     model, data = tiny_folder(tmp_path / "model"), uneven_chats(tmp_path / "uneven.jsonl")
     finely = finely_cut(tmp_path)
@@ -223,6 +225,7 @@ def test_a_run_goes_on_under_any_stage_and_bit_for_bit_under_its_own(tmp_path: P
         assert largest_gap(saved(tmp_path / f"{a}-{b}", 6).weights, saved(tmp_path / "none", 6).weights) < 1e-6, (a, b)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_weights_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     """bfloat16 weights are rounded from float32 ones, which are what checkpoints hold; LoRA over them stays float32."""
     model, data = tiny_folder(tmp_path / "model"), uneven_chats(tmp_path / "uneven.jsonl")
@@ -263,6 +266,7 @@ def test_bfloat16_keeps_float32_weights_and_resumes_bit_for_bit(tmp_path: Path) 
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_what_runs_the_model_between_steps_sees_the_whole_model(tmp_path: Path) -> None:
     """Sample chats, held-out loss and identity probes: all ranks compute them under stage 3, one writes them."""
     model, data = tiny_folder(tmp_path / "model"), uneven_chats(tmp_path / "uneven.jsonl")
@@ -290,6 +294,7 @@ def test_what_runs_the_model_between_steps_sees_the_whole_model(tmp_path: Path) 
     assert files["finely"] == files["none"]
 
 
+@pytest.mark.slow
 def test_qlora_under_zero_1_and_2_is_qlora(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     model, data = tiny_folder(tmp_path / "model"), uneven_chats(tmp_path / "uneven.jsonl")
@@ -353,6 +358,7 @@ def test_killed_and_stopped_ranks_resume_as_if_nothing_had_happened(zero: str, t
 # ---- what surrounds it ----
 
 
+@pytest.mark.slow
 def test_no_compiler_no_noise_and_the_root_logger_untouched(tmp_path: Path) -> None:
     """A process of its own whose PATH has no compiler; DeepSpeed is imported only when the recipe asks for it."""
     model, data = tiny_folder(tmp_path / "model"), uneven_chats(tmp_path / "uneven.jsonl")

@@ -78,6 +78,7 @@ def test_it_is_the_mean_over_held_out_tokens_computed_with_transformers_alone(
     assert result.ledger["held_out_documents"] == 4
 
 
+@pytest.mark.slow
 def test_at_both_ends_and_in_between_and_again_after_a_resume(model_folder: Path, chats: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(
         model_folder,
@@ -105,6 +106,7 @@ def test_nothing_held_out_nothing_measured(model_folder: Path, chats: Path, tmp_
     assert evaluations(result.run_dir) == {}
 
 
+@pytest.mark.slow
 def test_evaluating_after_each_step_trains_as_if_the_records_had_never_been_there(
     model_folder: Path, tmp_path: Path
 ) -> None:

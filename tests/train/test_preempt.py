@@ -23,6 +23,7 @@ def place(model_folder: Path, chats: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_stop_saves_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_happened(
     number: signal.Signals, status: int, place: Path
@@ -51,6 +52,7 @@ def test_a_stop_saves_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_happene
     assert [(stopped / f).read_bytes() for f in files] == [(straight / f).read_bytes() for f in files]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status", "said"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "SIGTERM: stopped before the first step")],
@@ -75,6 +77,7 @@ def test_a_stop_while_data_is_prepared_leaves_nothing_half_done(
     assert "24,000 records" in output
 
 
+@pytest.mark.slow
 def test_a_kill_while_data_is_prepared_is_not_taken_for_prepared_data(model_folder: Path, tmp_path: Path) -> None:
     big = write_chats(tmp_path / "big.jsonl", count=8_000)
     tiny_recipe(model_folder, big, train={"max_steps": 1}).dump(tmp_path / "r.yaml")

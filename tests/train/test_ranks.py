@@ -59,6 +59,7 @@ def words(ranks: Ranks) -> None:
     ranks.assert_same("the weather", "rain")
 
 
+@pytest.mark.slow
 def test_what_ranks_say_to_each_other_arrives(tmp_path: Path) -> None:
     statuses, output = on_two_ranks(words, tmp_path)
     assert statuses == [0, 0], output
@@ -97,6 +98,7 @@ def desertion(ranks: Ranks) -> None:
         ranks.gather(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [difference, failure, desertion])
 def test_a_rank_that_differs_fails_or_leaves_stops_the_others(work: Callable[[Ranks], None], tmp_path: Path) -> None:
     statuses, output = on_two_ranks(work, tmp_path)
@@ -108,6 +110,7 @@ def lonely() -> None:
         Ranks(world_of()).join(timedelta(seconds=1))
 
 
+@pytest.mark.slow
 def test_ranks_that_never_come_are_named_with_the_address(tmp_path: Path) -> None:
     process = Process(lonely, cwd=tmp_path, environment=rank_environments()[1])
     assert process.finish() == 0, process.output
@@ -133,6 +136,7 @@ def holes(ranks: Ranks) -> None:
     assert torch.equal(nowhere, before), "no weight decay without a gradient, as on one rank"
 
 
+@pytest.mark.slow
 def test_gradients_are_summed_and_a_missing_one_stays_missing(tmp_path: Path) -> None:
     statuses, output = on_two_ranks(holes, tmp_path)
     assert statuses == [0, 0], output
@@ -228,6 +232,7 @@ def test_a_signal_to_the_second_rank_alone_stops_both_after_the_same_step(
     assert files_of(place / "w", 30) == straight(place)
 
 
+@pytest.mark.slow
 def test_a_signal_while_rank_0_prepares_the_data_stops_both(model_folder: Path, tmp_path: Path) -> None:
     big = write_chats(tmp_path / "big.jsonl", count=8_000)
     tiny_recipe(model_folder, big, train={"max_steps": 1}).dump(tmp_path / "r.yaml")
@@ -243,6 +248,7 @@ def test_a_signal_while_rank_0_prepares_the_data_stops_both(model_folder: Path, 
     assert list(prepared.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_broken_data_is_said_once_and_both_leave_with_2(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"messages": 3}\n', encoding="utf-8")
     tiny_recipe(model_folder, tmp_path / "bad.jsonl").dump(tmp_path / "r.yaml")
@@ -252,6 +258,7 @@ def test_broken_data_is_said_once_and_both_leave_with_2(model_folder: Path, tmp_
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_every_rank_has_its_own_dropout_and_its_generator_is_saved(place: Path) -> None:
     statuses, output = finish_all(start(place, "train.max_steps=2"))
     assert statuses == [0, 0], output
@@ -261,6 +268,7 @@ def test_every_rank_has_its_own_dropout_and_its_generator_is_saved(place: Path) 
     assert not torch.equal(generators["random/0/torch"], generators["random/1/torch"])
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_is_refused_by_the_plan(place: Path) -> None:
     statuses, output = finish_all(start(place, "train.max_steps=1"))
     assert statuses == [0, 0], output
@@ -269,6 +277,7 @@ def test_another_number_of_ranks_is_refused_by_the_plan(place: Path) -> None:
     assert "world_size: 2 then, 1 now" in alone.output
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_stops_both(place: Path) -> None:
     places = rank_environments()
     ranks = [Command(["train", "r.yaml", "--work-dir", "w"], place, 20_000, environment) for environment in places]
@@ -304,6 +313,7 @@ def trains_and_leaves(recipe: str) -> None:
     assert groups_alive() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc on Linux only")
 def test_no_connection_outlives_its_run(model_folder: Path, tmp_path: Path) -> None:
     chats = write_chats(tmp_path / "chats.jsonl", count=8)
@@ -329,11 +339,13 @@ end_process(75)
 """
 
 
+@pytest.mark.slow
 def test_a_rank_leaves_with_its_status_and_its_output_but_not_through_pythons_end() -> None:
     done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (75, "without a line endexit handler\n"), done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "status"), [(["r.yaml"], 0), (["r.yaml", "--resume", "auto"], 2)])
 def test_the_command_leaves_through_it(arguments: list[str], status: int, model_folder: Path, tmp_path: Path) -> None:
     chats = write_chats(tmp_path / "chats.jsonl", count=8)

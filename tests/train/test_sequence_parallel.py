@@ -117,6 +117,7 @@ def test_what_cannot_be_is_refused_all_at_once(
     sequence_parallel.refuse_what_cannot_be(without, World(world_size=world_size))
 
 
+@pytest.mark.slow
 def test_the_command_refuses_it_with_exit_status_2_said_once(model_folder: Path, chats: Path, tmp_path: Path) -> None:
     tiny_recipe(model_folder, chats).dump(tmp_path / "r.yaml")
     arguments = ["train", "r.yaml", "--work-dir", "w", "distributed.sequence_parallel_size=3"]
@@ -183,18 +184,22 @@ def test_query_heads_stay_with_their_key_value_heads(groups: int, key_value_head
             assert own[head * len(own) // own_heads] == wanted
 
 
+@pytest.mark.slow
 def test_two_groups_of_two_sum_the_gradients_of_both_rows(tmp_path: Path) -> None:
     shared_rows.run_ranks(shared_rows.groups_are_independent, 2, world_size=4, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_core_that_leaks_and_a_layer_that_looks_across_slices_are_found(tmp_path: Path) -> None:
     shared_rows.run_ranks(shared_rows.what_is_wrong_is_found, 2, world_size=2, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_deepspeeds_own_registration_lets_packed_documents_see_each_other(tmp_path: Path) -> None:
     shared_rows.run_ranks(shared_rows.deepspeeds_own_way_is_wrong, 2, world_size=2, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_rank_0_answers_alone_and_says_what_it_says_without_sharing(tmp_path: Path) -> None:
     shared_rows.run_ranks(shared_rows.answers_are_its_own, 4, world_size=4, cwd=tmp_path)
 
@@ -214,6 +219,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_one_of_two_sharing_ranks_killed_and_resumed_ends_as_if_never_killed(place: Path) -> None:
     statuses, output = finish_all(ranks_of(["train", "r.yaml", "--work-dir", "never"], place))
     assert statuses == [0, 0], output

@@ -90,6 +90,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("phase", "number", "victim"), CASES)
 def test_one_rank_is_asked_and_both_stop(phase: str, number: signal.Signals, victim: int, place: Path) -> None:
     status = 130 if number == signal.SIGINT else 75
@@ -105,6 +106,7 @@ def test_one_rank_is_asked_and_both_stop(phase: str, number: signal.Signals, vic
     assert checkpoint.state_of(checkpoint.find(place / "w", "auto", print))["step"] == STEPS[phase]
 
 
+@pytest.mark.slow
 def test_stopped_while_evaluating_and_resumed_is_as_if_never_stopped(place: Path) -> None:
     """One process; no save was due at the step that it stops after, so the checkpoint is written on leaving."""
     only_at_the_end = "save.every_steps=null"

@@ -29,6 +29,7 @@ from minituner.train.toy_lesson import (
 from minituner.train.toy_zero import Layer, Ring, ToyZero
 from minituner.train.zero_bytes import bytes_held, bytes_sent
 from tests.tiny import tiny_model
+from tests.train.processes import forked_ranks
 
 ROWS = [
     chat_row("Who made you? ", "Ada did."),
@@ -61,19 +62,22 @@ def plain_adamw(shares: Sequence[Sequence[Row]]) -> tuple[list[float], np.ndarra
 @pytest.fixture(scope="module")
 def two() -> list[list[dict[str, Any]]]:
     """By rank, by stage."""
-    return on_ranks(2, train_every_stage, ROWS, STEPS, quiet=True)
+    with forked_ranks():
+        return on_ranks(2, train_every_stage, ROWS, STEPS, quiet=True)
 
 
 @pytest.fixture(scope="module")
 def three_accumulating() -> list[list[dict[str, Any]]]:
     """Three ranks, of which the last has one row less than micro-batches: an empty one."""
-    return on_ranks(3, train_every_stage, ROWS, STEPS, 2, quiet=True)
+    with forked_ranks():
+        return on_ranks(3, train_every_stage, ROWS, STEPS, 2, quiet=True)
 
 
 def row_of(result: dict[str, Any]) -> np.ndarray:
     return np.concatenate(list(result["weights"].values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_two_ranks_are_plain_adamw_bit_for_bit(two: Any, stage: int) -> None:
     losses, weights = plain_adamw([ROWS[::2], ROWS[1::2]])
@@ -83,6 +87,7 @@ def test_two_ranks_are_plain_adamw_bit_for_bit(two: Any, stage: int) -> None:
     assert losses[-1] < losses[0] - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_three_ranks_with_accumulation_and_an_empty_micro_batch(three_accumulating: Any, stage: int) -> None:
     losses, weights = plain_adamw([ROWS])
@@ -92,6 +97,7 @@ def test_three_ranks_with_accumulation_and_an_empty_micro_batch(three_accumulati
         assert np.abs(row_of(three_accumulating[rank][stage]) - weights).mean() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_bytes_held_are_those_of_the_formula(two: Any, three_accumulating: Any, stage: int) -> None:
     for results, world_size in ((two, 2), (three_accumulating, 3)):
@@ -103,6 +109,7 @@ def test_bytes_held_are_those_of_the_formula(two: Any, three_accumulating: Any, 
                 assert 0 <= held[part] - formula[part] <= 2 * filling, part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_bytes_sent_are_those_of_the_formula(two: Any, three_accumulating: Any, stage: int) -> None:
     for results, world_size, micro_batches in ((two, 2, 1), (three_accumulating, 3, 2)):
@@ -112,6 +119,7 @@ def test_bytes_sent_are_those_of_the_formula(two: Any, three_accumulating: Any, 
                 assert sent[collective] == pytest.approx(count, rel=2e-4)
 
 
+@pytest.mark.slow
 def test_at_its_fullest_a_stage_holds_one_whole_layer_more(two: Any) -> None:
     biggest = 4 * max(len(row) for row in two[0][0]["weights"].values())
     for stage, layers in ((0, 0), (1, 0), (2, 1), (3, 2)):  # stage 3: one layer's weights and its gradient
@@ -163,9 +171,11 @@ def all_of_it(ranks: Ranks) -> None:
         llama(ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_ring_and_a_llama(world_size: int) -> None:
-    on_ranks(world_size, all_of_it)
+    with forked_ranks():
+        on_ranks(world_size, all_of_it)
 
 
 def test_alone_nothing_is_sent() -> None:
@@ -219,17 +229,21 @@ def dies_on_one(ranks: Ranks) -> None:
     ranks.gather(0.0)
 
 
+@pytest.mark.slow
 def test_on_ranks_gives_results_by_rank() -> None:
+    """In processes as a lesson starts them: new ones, which import everything themselves."""
     assert on_ranks(2, back, 5) == [5, 6]
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_is_heard_and_one_that_dies_is_named() -> None:
-    with pytest.raises(MinitunerError, match="rank 1 failed: ValueError: not today"):
+    with forked_ranks(), pytest.raises(MinitunerError, match="rank 1 failed: ValueError: not today"):
         on_ranks(2, fails_on_one, quiet=True)
-    with pytest.raises(MinitunerError, match="rank 1 was killed by SIGKILL"):
+    with forked_ranks(), pytest.raises(MinitunerError, match="rank 1 was killed by SIGKILL"):
         on_ranks(2, dies_on_one, quiet=True)
 
 
+@pytest.mark.slow
 def test_a_function_of_the_notebook_cannot_be_sent() -> None:
     def work(ranks: Ranks) -> None: ...
 
@@ -238,6 +252,7 @@ def test_a_function_of_the_notebook_cannot_be_sent() -> None:
         on_ranks(2, work)
 
 
+@pytest.mark.slow
 def test_a_rank_that_stops_early_is_noticed_by_the_others() -> None:
-    with pytest.raises(MinitunerError, match="rank 0 of 2 lost contact with another rank"):
+    with forked_ranks(), pytest.raises(MinitunerError, match="rank 0 of 2 lost contact with another rank"):
         on_ranks(2, one_step_short, ROWS, quiet=True)

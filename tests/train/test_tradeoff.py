@@ -14,6 +14,8 @@ from minituner.train.loop import TrainResult, train
 from minituner.train.tradeoff import TradeOff
 from tests.tiny import tiny_recipe, write_chats
 
+pytestmark = pytest.mark.slow
+
 
 def run(model_folder: Path, place: Path, watch: list[Any], **train_settings: Any) -> TrainResult:
     place.mkdir(exist_ok=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +16,19 @@ from minituner.train.spawn import on_ranks
 from minituner.train.weigh import held_bytes, weigh
 from minituner.train.zero_bytes import bytes_held
 from tests.tiny import tiny_folder, tiny_model, tiny_recipe, write_chats
+from tests.train.processes import forked_ranks
 
 EVERYTHING = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 COPY = {"optimizer": 2.0}  # bytes per parameter: DeepSpeed's float32 copy of the half that a rank updates
 KEPT = {"weights": 4.0}  # stage 3: parameters as small as these also stay whole on every rank, unless told otherwise
 
 
+def weigh_at_home(ranks: Ranks, home: str, recipe: Mapping[str, Any], zero: str) -> dict[str, int]:
+    os.environ["MINITUNER_HOME"] = home
+    return weigh(ranks, recipe, zero)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero", "stage", "more"),
     [("zero2", 2, COPY), ("zero3", 3, {**COPY, **KEPT}), ("all.json", 3, COPY)],
@@ -32,7 +42,9 @@ def test_two_ranks_hold_what_the_formula_says(
     if zero == "all.json":
         (tmp_path / zero).write_text(json.dumps(EVERYTHING))
         zero = str(tmp_path / zero)
-    for held in on_ranks(2, weigh, recipe, zero, quiet=True):
+    with forked_ranks():
+        ranks = on_ranks(2, weigh_at_home, str(own_home), recipe, zero, quiet=True)
+    for held in ranks:
         for part, size in bytes_held(parameters, 2, stage).items():
             # DeepSpeed fills its pieces up to equal, aligned lengths.
             assert held[part] == pytest.approx(size + more.get(part, 0) * parameters, rel=0.01), part
