@@ -28,7 +28,8 @@ def tradeoff(
     """Identity rate (share) by KL from the untuned model (nats a token): `runs` in colour, `beside` thin and grey.
 
     Both are name -> points, as `TradeOff.points` has them. `data` has, for each name, `step`, `identity_rate` and
-    `retention_kl` in the order of the steps, and `clean_rate` where the points have one.
+    `retention_kl` in the order of the steps, and `clean_rate` where the points have one. Beside a point stands its
+    step, unless another step stands there.
 
     Raises:
         UsageError: there is no run, one has no points, or a point lacks a number.
@@ -56,11 +57,15 @@ def tradeoff(
             label=drawable(name),
             zorder=1,
         )
+    widest = max(p["retention_kl"] for points in [*drawn.values(), *grey.values()] for p in points) or 1.0
+    written: list[tuple[float, float]] = []  # where steps stand, in shares of the figure: no two on top of each other
     for i, (name, points) in enumerate(drawn.items()):
         x, y = _line(points)
         axes.plot(x, y, label=drawable(name), zorder=2, **line(i))
         for point, x_, y_ in zip(points, x, y, strict=True):
-            axes.annotate(str(point["step"]), (x_, y_), xytext=(5, -11), textcoords="offset points", fontsize=SMALL)
+            if all(abs(x_ / widest - left) > 0.05 or abs(y_ - low) > 0.08 for left, low in written):
+                written.append((x_ / widest, y_))
+                axes.annotate(str(point["step"]), (x_, y_), xytext=(5, -11), textcoords="offset points", fontsize=SMALL)
     axes.set(
         xlabel="lost: KL from the untuned model, nats a token", ylabel="learned: identity rate", ylim=(-0.08, 1.08)
     )

@@ -32,6 +32,16 @@ def test_it_draws_what_it_is_given() -> None:
     assert picture._repr_png_().startswith(b"\x89PNG")
 
 
+def test_steps_that_would_lie_on_each_other_are_left_out() -> None:
+    near = [point(0, 0.0, 0.0), point(4, 0.0, 0.001), point(40, 1.0, 0.48), point(60, 1.0, 0.47), point(90, 1.0, 0.45)]
+    picture = viz.tradeoff({"a": near, "b": near[:3]})
+    picture._repr_png_()
+    axes = picture.figure.axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert {"0", "40"} <= {text.get_text() for text in axes.texts}
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 @pytest.mark.parametrize(
     ("runs", "said"),
     [({}, "at least one"), ({"a": []}, "at least one"), ({"a": [point(1, 0.5, None)]}, "no retention_kl")],
