@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
-LONG = 900_000  # milliseconds: notebooks train
+LONG = 3_600_000  # milliseconds: notebooks train, and a machine may be busy
 SETTINGS = {
     "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
@@ -76,7 +76,6 @@ def read(page: Any, url: str, name: str, out: Path | None) -> dict[str, Any]:
     page.goto(f"{url}/lab/tree/{name}?reset", timeout=120_000)
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=120_000)
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=120_000)
-    cells = page.locator(".jp-CodeCell").count()
     for _ in range(12):  # a kernel that has just said it is idle may not be connected to the page yet
         page.click("li.lm-MenuBar-item:has-text('Run')")
         page.click("li.lm-Menu-item[data-command='runmenu:run-all']")
@@ -87,6 +86,7 @@ def read(page: Any, url: str, name: str, out: Path | None) -> dict[str, Any]:
         if page.evaluate(f"{UNFINISHED} > 0"):
             break
     page.wait_for_function(f"{UNFINISHED} === 0", timeout=LONG)
+    cells = page.locator(".jp-CodeCell").count()  # now: before the run not all of them are on the page
     found: dict[str, Any] = {"notebook": name, "cells": cells, "shots": []}
     found["errors"] = page.locator(
         ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] .ansi-red-fg"
