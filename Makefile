@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 SPREAD := --dist worksteal
 CELLS  := --dist loadfile --no-loadscope-reorder --nbval-sanitize-with tests/notebooks/sanitize.cfg
 STRICT := notebooks/02_chat_templates.ipynb
-LONG   := $(foreach number,10 08 07 05 00,$(wildcard notebooks/$(number)_*.ipynb))
+LONG   := $(foreach number,00 10 07 05 08,$(wildcard notebooks/$(number)_*.ipynb))
 LAX    := $(LONG) $(filter-out $(LONG) $(STRICT),$(wildcard notebooks/*.ipynb))
 
 .PHONY: help setup quickstart test test-fast test-latest notebooks-refresh lint format lab notebooks clean
