@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from minituner.cli_options import Adapters, Bits, Dtype, Model, System, Template, TrustRemoteCode
+from minituner.cli_options import Adapters, Bits, Dtype, Model, OtherBase, System, Template, TrustRemoteCode
 
 chat_app = typer.Typer()
 
@@ -37,6 +37,7 @@ def chat(
     stop_words: Annotated[list[str] | None, typer.Option(help="A text that ends an answer (repeatable).")] = None,
     seed: Annotated[int | None, typer.Option(help="Draw the same answers each time.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Base and tuned model answer side by side.")] = False,
+    other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model, exactly the way it was trained."""
@@ -65,6 +66,7 @@ def chat(
             bits=bits,
             compare=compare,
             trust_remote_code=trust_remote_code,
+            other_base=other_base,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,

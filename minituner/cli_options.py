@@ -31,4 +31,7 @@ Template = Annotated[
 System = Annotated[str | None, typer.Option(help='System text (default: the training\'s; "" for none).')]
 Bits = Annotated[int | None, typer.Option(help="4 or 8: hold the base quantised.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+OtherBase = Annotated[
+    bool, typer.Option("--other-base", help="Use an adapter on a base with other weights than it was trained on.")
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]

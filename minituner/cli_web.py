@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from minituner.cli_options import Adapters, Bits, Dtype, Model, System, Template, TrustRemoteCode
+from minituner.cli_options import Adapters, Bits, Dtype, Model, OtherBase, System, Template, TrustRemoteCode
 
 web_app = typer.Typer()
 
@@ -40,6 +40,7 @@ def web(
     longest_answer: Annotated[int, typer.Option(help="The most tokens a visitor may ask for.")] = 1024,
     longest_message: Annotated[int, typer.Option(help="The most characters a visitor may send.")] = 8000,
     waiting: Annotated[int, typer.Option(help="How many messages may wait, the one being answered included.")] = 16,
+    other_base: OtherBase = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model in the browser, exactly the way it was trained."""
@@ -61,7 +62,14 @@ def web(
         print(text, file=sys.stderr, flush=True)
 
     loaded = open_model(
-        model, adapter or (), dtype=dtype, bits=bits, compare=compare, trust_remote_code=trust_remote_code, say=say
+        model,
+        adapter or (),
+        dtype=dtype,
+        bits=bits,
+        compare=compare,
+        trust_remote_code=trust_remote_code,
+        other_base=other_base,
+        say=say,
     )
     visitors = Host(loaded, settings, template, system, line, longest_message, longest_answer)
     serve(visitors, address=host, port=port, token=share_token, say=say).wait()

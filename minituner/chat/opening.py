@@ -32,6 +32,7 @@ def open_model(
     bits: int | None = None,
     compare: bool = False,
     trust_remote_code: bool = False,
+    other_base: bool = False,
     say: Callable[[str], None] = print,
 ) -> LoadedModel:
     """Load a model for one or many conversations.
@@ -42,6 +43,7 @@ def open_model(
         dtype: auto, float32, bfloat16 or float16 (fp32, bf16, fp16).
         bits: 4 or 8 holds the base quantised.
         compare: refuse a model with nothing to compare, and load what a full fine-tuning started from.
+        other_base: use an adapter although it was trained on a base with other weights (of the same shapes).
 
     Raises:
         UsageError: adapters that are none, or another model's; a dtype or number of bits that does not exist; code of
@@ -88,7 +90,7 @@ def open_model(
 
     mark, voices = fingerprint(loaded), {}
     for name, place in named.items():
-        loaded = put_adapter_on(loaded, place, say, name=name, base_fingerprint=mark)
+        loaded = put_adapter_on(loaded, place, say, name=name, base_fingerprint=mark, other_base=other_base)
         facts = facts_of(place)
         if facts.get("method") in ("qlora", "int8_lora") and bits is None:
             number = 4 if facts["method"] == "qlora" else 8

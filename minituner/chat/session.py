@@ -259,6 +259,7 @@ def open_session(
     bits: int | None = None,
     compare: bool = False,
     trust_remote_code: bool = False,
+    other_base: bool = False,
     **settings: Any,
 ) -> Session:
     """Load a model and begin a conversation; `settings` are those of `Settings`, the rest as in `open_model`.
@@ -275,7 +276,14 @@ def open_session(
         NamedTemplate.find(template)  # a misspelt name is said before minutes of loading
     adapters = [] if adapter is None else adapter if isinstance(adapter, list) else [adapter]
     loaded = open_model(
-        model, adapters, dtype=dtype, bits=bits, compare=compare, trust_remote_code=trust_remote_code, say=say
+        model,
+        adapters,
+        dtype=dtype,
+        bits=bits,
+        compare=compare,
+        trust_remote_code=trust_remote_code,
+        other_base=other_base,
+        say=say,
     )
     return Session(loaded, template=template, system=system, settings=chosen, say=say)
 

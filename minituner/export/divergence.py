@@ -103,7 +103,7 @@ def measure(
     trained_on, this = facts.get("base_fingerprint"), fingerprint(quantised)
     if comparable(trained_on, this) and trained_on != this:
         other_weights(adapter, facts, this, force, say)
-    trained = put_adapter_on(quantised, adapter, lambda line: None, base_fingerprint=this).eval()
+    trained = put_adapter_on(quantised, adapter, lambda line: None, base_fingerprint=this, other_base=True).eval()
     del quantised
     rule = stop_rule(tokenizer, template)
     answers = [generate(trained, tokenizer, [p], stop=rule, max_new_tokens=ANSWER_TOKENS)[0] for p in prompts]

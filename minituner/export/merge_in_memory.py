@@ -50,7 +50,7 @@ def merge_in_memory(
     )
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random, with a warning
         raise MinitunerError(f"{base} lacks {len(missing)} weights of its model, {missing[0]} first")
-    worn = put_adapter_on(model, adapter, say).eval()
+    worn = put_adapter_on(model, adapter, say, other_base=True).eval()  # asked before, in merge.py
     ids = [torch.tensor([tokenizer.encode(text, add_special_tokens=False)]) for text in PROMPTS]
     with torch.no_grad():
         before = [worn(input_ids=row, use_cache=False).logits for row in ids]

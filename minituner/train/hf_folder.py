@@ -147,16 +147,18 @@ def put_adapter_on(
     *,
     name: str = "default",
     base_fingerprint: str | None = None,
+    other_base: bool = False,
 ) -> Any:
     """`model` with the adapter of a folder on it, every tensor of it in its place.
 
     A model that wears adapters already gets it beside them, under `name`; its `base_fingerprint` must be given then.
 
     peft only warns when tensors are left over or missing, which is how an adapter of another model gets used by
-    mistake: here that is an error. Another base of the same shape is said aloud (see `fingerprint`).
+    mistake: here that is an error. So is another base of the same shape (see `fingerprint`), which is only said aloud
+    with `other_base`.
 
     Raises:
-        UsageError: the adapter belongs to a model of another shape. MinitunerError: its files cannot be read.
+        UsageError: the adapter belongs to another model. MinitunerError: its files cannot be read.
     """
     from peft import PeftModel
     from peft.utils.save_and_load import get_peft_model_state_dict
@@ -166,9 +168,16 @@ def put_adapter_on(
     if comparable(trained_on, this) and trained_on != this:
         if trained_on.split("-")[0] != this.split("-")[0]:  # more layers than the adapter has would load silently
             raise _other_base(adapter, "this model's weights have other names or shapes than the base of the training")
+        differs = f"fingerprint {trained_on} then, {this} now"
+        if not other_base:
+            raise UsageError(
+                f"the adapter {adapter} was trained on a base with other weights than this one",
+                why=f"it corrects those weights and no others: answers may be nonsense ({differs})",
+                fix=f"use the base it was trained on: {base_of(adapter)}; or --other-base, to try it all the same",
+            )
         say(
-            f"careful: {adapter} was trained on a base with other weights than this one (fingerprint {trained_on} then,"
-            f" {this} now); answers may be nonsense. It was trained on {base_of(adapter)}"
+            f"careful: {adapter} was trained on a base with other weights than this one ({differs}); answers may be"
+            f" nonsense. It was trained on {base_of(adapter)}"
         )
     try:
         with safe_open(adapter / "adapter_model.safetensors", "pt") as file:

@@ -68,11 +68,14 @@ def test_an_adapter_of_another_shape_is_refused_as_the_second_too(trained: dict[
         open_model(trained["base"], [trained["native"], broken], say=silent)
 
 
-def test_an_adapter_of_another_base_of_the_same_shape_is_said_aloud(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused(trained: dict[str, Path], tmp_path: Path) -> None:
     said: list[str] = []
     other = tiny_folder(tmp_path / "other", seed=5)
-    open_session(other, adapter=trained["native"], say=said.append)
-    assert any("other weights" in line and str(trained["base"]) in line for line in said)
+    with pytest.raises(UsageError, match="other weights") as error:
+        open_session(other, adapter=trained["native"], say=said.append)
+    assert str(trained["base"]) in error.value.text()
+    open_session(other, adapter=trained["native"], say=said.append, other_base=True)
+    assert any("other weights" in line and str(trained["base"]) in line for line in said), "allowed, and said aloud"
     said.clear()
     open_session(trained["native"], say=said.append, dtype="bf16")
     assert not any("other weights" in line for line in said), "the same base in another data type is the same base"
