@@ -43,6 +43,11 @@ def contradictions(recipe: Recipe, world_size: int | None = None) -> list[str]:
             f"model.attention={model.attention} with {how}: documents in one row would see each other;"
             " take model.attention=auto, or data.packing=none with train.per_device_batch_size=1"
         )
+    if model.attention == "varlen" and not several:
+        found.append(
+            "model.attention=varlen with data.packing=none: it keeps apart the documents of a row, and each row is one;"
+            " take data.packing=best_fit, or model.attention=auto"
+        )
     if model.attention in NEEDS_HALF and model.dtype == "float32":
         found.append(
             f"model.attention={model.attention} with model.dtype=float32: its kernels compute in 16 bits;"

@@ -242,6 +242,7 @@ CONTRADICTIONS = {
         "micro-batch",
     ),
     "16-bit kernels": (["model.attention=varlen", "model.dtype=float32"], "16 bits"),
+    "nothing packed": (["model.attention=varlen", "data.packing=none"], "each row is one"),
     "4 bits in pieces": (["method.name=qlora", "distributed.zero=zero3"], "zero2"),
     "DoRA in pieces": (["method.use_dora=true", "distributed.zero=deepspeed_zero3"], "DoRA"),
     "rewriting a quantised base": (["method.name=qlora", "method.init_lora_weights=pissa"], "rewrites the base"),
