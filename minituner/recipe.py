@@ -168,8 +168,8 @@ class TrainSection(Section):
     compile: bool = Field(
         False, description="Compile the feed-forward blocks with torch.compile: faster steps after a slow first one."
     )
-    fused: list[Literal["lora", "swiglu", "norm"]] = Field(
-        default_factory=lambda: ["lora", "swiglu", "norm"],
+    fused: list[Literal["lora", "swiglu", "norm", "rotary"]] = Field(
+        default_factory=lambda: ["lora", "swiglu", "norm", "rotary"],
         description="Layers computed in fewer passes over memory, each proved equal first; [] uses the libraries' own.",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(

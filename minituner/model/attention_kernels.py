@@ -56,8 +56,14 @@ def per_document_sdpa(
         (1, T, heads, head_dim) and None, as AttentionInterface wants it.
 
     Raises:
-        MinitunerError: called without document borders, which would let documents see each other.
+        MinitunerError: called without document borders, which would let documents see each other, or with several rows.
     """
+    if query.shape[0] != 1:
+        raise MinitunerError(
+            f"per-document attention was called with {query.shape[0]} rows",
+            why="its documents' lengths are those of one packed row",
+            fix="one row at a time, or model.attention=sdpa",
+        )
     if seq_lens is None:
         if cu_seq_lens_q is None:
             raise _no_borders("per-document attention")
@@ -69,16 +75,30 @@ def per_document_sdpa(
     if softcap is not None or sinks is not None:
         out = [_written_out(q, k, v, scaling, dropout, sliding_window, softcap, sinks) for q, k, v in documents]
         return torch.cat(out, dim=2).transpose(1, 2), None
-    gqa = query.shape[1] != key.shape[1]
-    outputs = []
-    for q, k, v in documents:
-        mask = _window(q.shape[2], sliding_window, q.device)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa
-            )
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    outputs = [_one_document(q, k, v, scaling, dropout, sliding_window) for q, k, v in documents]
+    return torch.cat(outputs)[None], None
+
+
+def _one_document(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """(1, heads, n, head_dim) and (1, key_value_heads, n, head_dim) -> (n, heads, head_dim)."""
+    mask = _window(q.shape[2], sliding_window, q.device)
+    heads, groups = q.shape[1], k.shape[1]
+    if q.device.type == "cpu":
+        # Heads that share a key are a row of a batch, and all of them see the same tensor (stride 0): with enable_gqa
+        # torch would copy keys and values for each head. 10 to 14% of attention's time (assets/benchmarks/README.md).
+        q = q[0].unflatten(0, (groups, -1))
+        k, v = (x[0, :, None].expand(-1, heads // groups, -1, -1) for x in (k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def varlen(

@@ -1,8 +1,9 @@
 """Fused layers: what a LoRA step does besides its large matrix products, in fewer passes over memory.
 
     lora     base + adapter, forward and backward in one function        fused_lora.py
-    swiglu   the gate's activation is computed twice and never kept       fused_swiglu.py
+    swiglu   the feed-forward block keeps gate and up, and no product     fused_swiglu.py
     norm     RMSNorm's two directions in four passes each                 fused_norm.py
+    rotary   rotary positions in two passes, q, k and v read x once       fused_rotary.py
 
 `train.fused` lists them; [] trains with peft's and transformers' own layers. A layer is replaced in place (its class,
 not its parameters: names, checkpoints and adapters are the same files), and only after the proof on this very model
@@ -17,13 +18,16 @@ What it gains, mostly memory, is in assets/benchmarks/README.md. Lesson: noteboo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from minituner.model.attention_choice import PER_DOCUMENT_SDPA
 from minituner.model.fused_lora import fused_lora, is_plain
 from minituner.model.fused_norm import fused_norm, is_rms_norm
+from minituner.model.fused_rotary import fused_rotary, is_rotary
 from minituner.model.fused_swiglu import fused_swiglu, is_swiglu
 
 # name: which layers it is for, and the class that such a layer's class becomes
@@ -31,6 +35,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
     "lora": (is_plain, fused_lora),
     "swiglu": (is_swiglu, fused_swiglu),
     "norm": (is_rms_norm, fused_norm),
+    "rotary": (is_rotary, fused_rotary),
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative to the largest value
 
@@ -66,27 +71,52 @@ def replace_classes(layers: Sequence[Any], fused: Callable[[Any], Any]) -> None:
 
 def same(layer: Any, fused: Callable[[Any], Any]) -> bool:
     """True if `layer` gives the same output and input gradient as it is and fused; it is left as it was."""
-    width = getattr(layer, "in_features", None) or getattr(layer, "hidden_size", None)
     first = next(p for p in layer.parameters() if p.is_floating_point())
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 8, width or len(first), generator=draw).to(first.device, first.dtype)
+    x = torch.randn(1, 16, _width(layer, first), generator=draw).to(first.device, first.dtype)
     was = type(layer)
-    before = _both_ways(layer, x)
-    try:
-        replace_classes([layer], fused)
-        after = _both_ways(layer, x)
-    finally:
-        layer.__class__ = was
+    with _whole_documents(layer, x, draw) as more:
+        before = _both_ways(layer, x, more)
+        try:
+            replace_classes([layer], fused)
+            after = _both_ways(layer, x, more)
+        finally:
+            layer.__class__ = was
     allowed = TOLERANCE.get(x.dtype, 0.0)
     return all(float((a - b).abs().max()) <= allowed * float(a.abs().max()) for a, b in zip(before, after, strict=True))
 
 
-def _both_ways(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _width(layer: Any, first: torch.Tensor) -> int:
+    """How many numbers a token has where it enters the layer."""
+    entry = getattr(layer, "q_proj", None) or getattr(layer, "gate_proj", None) or layer
+    return getattr(entry, "in_features", None) or len(first)
+
+
+@contextmanager
+def _whole_documents(layer: Any, x: torch.Tensor, draw: torch.Generator) -> Iterator[dict[str, Any]]:
+    """What attention is told besides x (1, 16, width): three documents, and an angle for each pair and token.
+
+    Within, it attends to them on this rank alone, whatever the run has chosen. Other layers are told nothing.
+    """
+    if not is_rotary(layer):
+        yield {}
+        return
+    angles = torch.randn(*x.shape[:2], layer.head_dim // 2, generator=draw).repeat(1, 1, 2).to(x.device)
+    positions = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+    chosen, layer.config._attn_implementation = layer.config._attn_implementation, PER_DOCUMENT_SDPA
+    try:
+        yield {"position_embeddings": positions, "attention_mask": None, "seq_lens": [9, 1, 6]}
+    finally:
+        layer.config._attn_implementation = chosen
+
+
+def _both_ways(layer: Any, x: torch.Tensor, more: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and gradient of the input, for an upstream gradient that differs everywhere; parameters get none."""
     x = x.clone().requires_grad_()
     with torch.enable_grad(), torch.random.fork_rng():  # dropout draws the same both times, and nothing from the run
         torch.manual_seed(0)
-        y = layer(x)
+        y = layer(x, **more)
+        y = y[0] if isinstance(y, tuple) else y  # attention returns its weights too, or None
         upstream = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y).to(y.dtype)
         (dx,) = torch.autograd.grad(y, x, upstream)
     return y.detach().float(), dx.float()

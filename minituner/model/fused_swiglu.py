@@ -1,20 +1,24 @@
-"""SwiGLU without keeping what can be made again: the gate's activation.
+"""SwiGLU without keeping what can be made again: the gate's activation, and with LoRA its product as well.
 
-    silu(g) * u         autograd keeps g, silu(g) and u            (T, intermediate) each
-                        here g and u are kept                      a third less, silu(g) is computed again
+    silu(g) * u                 autograd keeps g, silu(g) and u    (T, intermediate) each; here g and u are kept
+    down(silu(g) * u)           the adapter of `down` keeps silu(g) * u for its own gradient; here it is made again
 
-The second silu costs one pass over one tensor; what is kept is the largest thing a layer keeps (6 MB of 18 for SmolLM2
-and 1,024 tokens, in every one of 30 layers). Backward: du = dp * silu(g), dg = dp * u * silu'(g).
-Source: Shazeer 2020 (GLU variants); the recomputation is Liger's. Lesson: notebook 05.
+Each of them is the largest thing a layer keeps (6 MB for SmolLM2 and 1,024 tokens, in every one of 30 layers), and
+making it again costs two passes over one tensor. Where gate, up and down are all nothing but fused LoRA, the block is
+one function: gate and up share x, h and dx. Backward: du = dp * silu(g), dg = dp * u * silu'(g).
+Source: Shazeer 2020 (GLU variants); the recomputation is Liger's, the one function Unsloth's. Lesson: notebook 05.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from minituner.model.fused_lora import Part, a_and_b, parts_of, product_gradients, products, saved_parts
 
 
 class SiluProduct(torch.autograd.Function):
@@ -35,6 +39,36 @@ class SiluProduct(torch.autograd.Function):
         return torch.ops.aten.silu_backward(upstream * up, gate), du
 
 
+class LoraSwiglu(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)) of three layers that are base + adapter, with gradients for x and the adapters."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Sequence[Part], x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        """x (..., H) -> (..., H); parts are gate, up and down. After x come their A and B, for autograd."""
+        flat = x.reshape(-1, x.shape[-1])
+        (gate, up), h = products(flat, parts[:2])
+        (y,), h_down = products(F.silu(gate).mul_(up), parts[2:])
+        ctx.save_for_backward(flat, gate, up, h, h_down, *(part.weight for part in parts), *a_and_b(parts))
+        ctx.parts, ctx.shape = [(part.bias, part.scale, part.quantization) for part in parts], x.shape
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        """The gradients of x and of every A and B; that of x only where something before the block is trained."""
+        flat, gate, up, h, h_down, *rest = ctx.saved_tensors
+        parts = saved_parts(rest, ctx.parts)
+        active = F.silu(gate)
+        inner, of_down = product_gradients(
+            [dy.reshape(-1, dy.shape[-1])], active * up, h_down, parts[2:], wants_dx=True
+        )
+        assert inner is not None
+        du = active.mul_(inner)
+        dg = torch.ops.aten.silu_backward(inner.mul_(up), gate)
+        dx, adapters = product_gradients([dg, du], flat, h, parts[:2], wants_dx=ctx.needs_input_grad[1])
+        return None, None if dx is None else dx.view(ctx.shape), *adapters, *of_down
+
+
 def is_swiglu(module: Any) -> bool:
     """True for down(silu(gate(x)) * up(x)), as transformers writes it for Llama, Qwen, Mistral and their kin."""
     parts = {name for name, _ in module.named_children()}
@@ -44,11 +78,14 @@ def is_swiglu(module: Any) -> bool:
 
 
 def fused_swiglu(kind: Any) -> Any:
-    """A subclass of a model's own block that multiplies by `SiluProduct` where gradients are wanted."""
+    """A subclass of a model's own block that keeps gate and up only, where gradients are wanted."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return kind.forward(self, x)
-        return self.down_proj(SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
+        parts = parts_of([self.gate_proj, self.up_proj, self.down_proj], x)
+        if parts is None:
+            return self.down_proj(SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
+        return LoraSwiglu.apply(parts, x, *a_and_b(parts))
 
     return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": __name__})

@@ -19,7 +19,7 @@ import torch
 
 from minituner.errors import MinitunerError
 from minituner.model import attention
-from minituner.model.quantized import differentiable_everywhere, parameter_bytes, quantization_config
+from minituner.model.quantized import differentiable_everywhere, leave_the_file, parameter_bytes, quantization_config
 from minituner.recipe import MethodSection, ModelSection
 
 
@@ -153,6 +153,7 @@ def load_model(
         loaded.to(device)
     else:
         differentiable_everywhere(loaded)
+        leave_the_file(loaded)
     notes = [
         f"dtype {str(weights).removeprefix('torch.')}: {why_dtype}",
         f"attention {implementation}: {why_attention}",

@@ -85,6 +85,25 @@ def differentiable_everywhere(model: Any) -> int:
     return len(layers)
 
 
+def leave_the_file(model: Any) -> int:
+    """Copy what was not quantised out of the checkpoint's file, which could not leave the memory otherwise.
+
+    Weights loaded for a CPU are the file itself, mapped into memory: one of them (the embedding) keeps all of it there,
+    and so the frozen weights in full size beside their 4 bits.
+
+    Returns:
+        Bytes that were copied.
+    """
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by address: tied weights stay one
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and tensor.is_floating_point():  # what was quantised has left it already
+            place = (tensor.data_ptr(), tensor.shape)
+            if place not in copies:
+                copies[place] = tensor.data.clone()
+            tensor.data = copies[place]
+    return sum(copy.nbytes for copy in copies.values())
+
+
 def parameter_bytes(model: Any) -> int:
     """Bytes of a model's weights as they lie in memory, the scales of quantised ones included (tied ones once)."""
     total = 0

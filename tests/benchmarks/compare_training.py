@@ -44,9 +44,10 @@ from minituner.recipe import Recipe
 HERE = Path(__file__).resolve().parent
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "all on": ([], {}),
-    "without fused lora": (["train.fused=[swiglu, norm]"], {}),
-    "without fused swiglu": (["train.fused=[lora, norm]"], {}),
-    "without fused norm": (["train.fused=[lora, swiglu]"], {}),
+    "without fused lora": (["train.fused=[swiglu, norm, rotary]"], {}),
+    "without fused swiglu": (["train.fused=[lora, norm, rotary]"], {}),
+    "without fused norm": (["train.fused=[lora, swiglu, rotary]"], {}),
+    "without fused rotary": (["train.fused=[lora, swiglu, norm]"], {}),
     "nothing fused": (["train.fused=[]"], {}),
     "huge pages": ([], {"THP_MEM_ALLOC_ENABLE": "1"}),
     "compiled too": (["train.compile=true"], {}),

@@ -15,9 +15,9 @@ from minituner.data.collate import collate
 from minituner.model import attention
 from minituner.model.adapters import apply_method
 from minituner.model.fused import KINDS, fuse
-from minituner.model.fused_lora import LoraProduct, nothing_but_lora
+from minituner.model.fused_lora import LoraProduct, Part, a_and_b, nothing_but_lora
 from minituner.model.fused_norm import RmsNorm
-from minituner.model.fused_swiglu import SiluProduct
+from minituner.model.fused_swiglu import LoraSwiglu, SiluProduct
 from minituner.model.loss import loss_sum
 from minituner.recipe import MethodSection, TrainSection
 from minituner.train.loop import train
@@ -46,7 +46,7 @@ def loss_and_gradients(model: Any, seed: int = 0) -> tuple[float, dict[str, torc
     torch.manual_seed(seed)
     loss = loss_sum(model, collate([documents((9, 1, 14), seed=1)]), attention.PER_DOCUMENT_SDPA)
     loss.backward()
-    return float(loss), gradients(model)
+    return float(loss.detach()), gradients(model)
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -74,7 +74,7 @@ def test_a_norm_that_is_trained_is_left_alone() -> None:
     plain.set_attn_implementation(attention.PER_DOCUMENT_SDPA)
     plain = apply_method(plain, MethodSection(name="full")).train()
     fused = copy.deepcopy(plain)
-    assert fuse(fused, ALL) == "fused: 2 swiglu"
+    assert fuse(fused, ALL) == "fused: 2 swiglu, 2 rotary"
     assert_same(fused, plain)
     assert "model.norm.weight" in gradients(fused)
 
@@ -168,13 +168,77 @@ def test_lora_product_equals_autograd(
     c = torch.randn(narrow, generator=draw, dtype=torch.float64) if bias else None
     wanted = [a, b, x] if flows else [a, b]
     expected = torch.nn.functional.linear(x, w, c) + scale * (x @ a.T @ b.T)
-    found = LoraProduct.apply(x, w, None, c, a, b, scale)
+    parts = [Part(w, c, a, b, scale)]
+    (found,) = LoraProduct.apply(parts, x, *a_and_b(parts))
     upstream = torch.randn(expected.shape, generator=draw, dtype=torch.float64)
     assert torch.allclose(found, expected)
     for ours, theirs in zip(
         torch.autograd.grad(found, wanted, upstream), torch.autograd.grad(expected, wanted, upstream), strict=True
     ):
         assert torch.allclose(ours, theirs)
+
+
+@settings(max_examples=15, deadline=None)
+@given(widths=st.lists(st.integers(1, 9), min_size=2, max_size=3), ranks=st.integers(1, 4), flows=st.booleans())
+def test_layers_that_share_x_equal_layers_one_by_one(widths: list[int], ranks: int, flows: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def matrix(*shape: int, trained: bool = True) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64, requires_grad=trained)
+
+    x = matrix(4, 6, trained=flows)
+    parts = [
+        Part(matrix(out, 6, trained=False), None, matrix(ranks + i, 6), matrix(out, ranks + i), 0.5 + i)
+        for i, out in enumerate(widths)
+    ]
+    wanted = [*a_and_b(parts), *([x] if flows else [])]
+    together = LoraProduct.apply(parts, x, *a_and_b(parts))
+    apart = [LoraProduct.apply([part], x, *a_and_b([part]))[0] for part in parts]
+    upstream = [matrix(4, out, trained=False) for out in widths]
+    for one, other in zip(together, apart, strict=True):
+        assert torch.allclose(one, other)
+    gradients_of_both = (torch.autograd.grad(ys, wanted, upstream) for ys in (together, apart))
+    assert all(torch.allclose(one, other) for one, other in zip(*gradients_of_both, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "whole"),
+    [({}, True), ({"target_modules": ["up_proj", "down_proj"]}, False), ({"lora_dropout": 0.2}, False)],
+)
+def test_a_block_is_one_function_where_all_three_layers_are_fused(
+    options: dict[str, Any], whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_adapter(**options)
+    fuse(model, ALL)
+    taken: list[str] = []
+    for kind in (LoraSwiglu, SiluProduct):
+        original = kind.forward
+
+        def forward(*arguments: Any, original: Any = original, name: str = kind.__name__) -> torch.Tensor:
+            taken.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(kind, "forward", staticmethod(forward))
+    loss_and_gradients(model)
+    assert taken == ["LoraSwiglu" if whole else "SiluProduct"] * 2
+
+
+def test_what_a_fused_block_keeps() -> None:
+    """x, gate, up and the thin products; the activation and its product with up are made again."""
+    model = with_adapter()
+    fuse(model, ["lora", "swiglu"])
+    block = model.get_base_model().model.layers[0].mlp
+    sizes: list[int] = []
+    weights = {p.data_ptr() for p in block.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(torch.randn(1, 7, 32, requires_grad=True))
+    assert sorted(sizes) == sorted([7 * 32, 7 * 64, 7 * 64, 7 * 2 * 4, 7 * 4])
 
 
 def test_swiglu_and_norm_equal_autograd_by_finite_differences() -> None:
@@ -201,7 +265,7 @@ def test_four_bit_layers_are_fused_and_equal(tmp_path: Path, model_folder: Path)
                 torch.nn.init.normal_(parameter, std=0.05)
         models.append(model)
     plain, fused = models
-    assert fuse(fused, ALL) == "fused: 14 lora, 2 swiglu, 5 norm"
+    assert fuse(fused, ALL) == "fused: 14 lora, 2 swiglu, 5 norm, 2 rotary"
     assert_same(fused, plain)
 
 
@@ -215,8 +279,12 @@ def test_a_run_is_the_same_with_and_without(model_folder: Path, chats: Path, tmp
         said: list[str] = []
         result = train(recipe, tmp_path / f"{len(fused)}", say=said.append, progress=False)
         losses[len(fused)] = [line["loss"] for line in result.metrics]
-        assert [line for line in said if line.startswith("fused: 14 lora, 2 swiglu, 5 norm" if fused else "fused: no")]
-    assert losses[3] == pytest.approx(losses[0], rel=TOLERANCE)
+        assert [
+            line
+            for line in said
+            if line.startswith("fused: 14 lora, 2 swiglu, 5 norm, 2 rotary" if fused else "fused: no")
+        ]
+    assert losses[len(ALL)] == pytest.approx(losses[0], rel=TOLERANCE)
 
 
 def test_the_recipe_knows_every_kind_and_turns_all_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,26 @@ def whole_weight(layer: Any) -> torch.Tensor:
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     scales = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
     return layer.weight.data.float() * scales[:, None] / 127
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux says what is mapped into memory")
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_the_file_of_a_quantised_model_leaves_the_memory(method: str, tmp_path: Path) -> None:
+    """Not quantised, the weights are the file itself; beside their 4 bits it would be in memory a second time."""
+    folder = tiny_folder(tmp_path / "m")
+
+    def mapped() -> bool:
+        return str(folder / "model.safetensors") in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+    plain = load(folder, "lora")
+    assert mapped(), "otherwise this shows nothing"
+    del plain
+    gc.collect()
+    assert not mapped()
+    model = load(folder, method)
+    gc.collect()
+    assert not mapped()
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])

