@@ -5,7 +5,9 @@
 
 Each of them is the largest thing a layer keeps (6 MB for SmolLM2 and 1,024 tokens, in every one of 30 layers), and
 making it again costs two passes over one tensor. Where gate, up and down are all nothing but fused LoRA, the block is
-one function: gate and up share x, h and dx. Backward: du = dp * silu(g), dg = dp * u * silu'(g).
+one function: gate and up share x, h and dx. Backward: du = dp * silu(g), dg = dp * u * silu'(g). Long rows go through
+it in pieces on a CPU, since tokens do not meet here: a piece stays in the cache between its passes, and in memory that
+the C library keeps (beyond 32 MB it asks the system for fresh pages every time).
 Source: Shazeer 2020 (GLU variants); the recomputation is Liger's, the one function Unsloth's. Lesson: notebook 05.
 """
 
@@ -19,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from minituner.model.fused_lora import Part, a_and_b, parts_of, product_gradients, products, saved_parts
+
+PIECE = 2**24  # bytes of gate, and of up, at a time on a CPU: 2,730 tokens of SmolLM2 in float32
 
 
 class SiluProduct(torch.autograd.Function):
@@ -69,6 +73,13 @@ class LoraSwiglu(torch.autograd.Function):
         return None, None if dx is None else dx.view(ctx.shape), *adapters, *of_down
 
 
+def rows_at_a_time(x: torch.Tensor, parts: Sequence[Part]) -> int:
+    """How many tokens of x (..., H) go through the block together; all of them where memory is not a CPU's."""
+    if x.device.type != "cpu":
+        return x[..., 0].numel()
+    return max(1, PIECE // (x.element_size() * parts[0].b.shape[0]))
+
+
 def is_swiglu(module: Any) -> bool:
     """True for down(silu(gate(x)) * up(x)), as transformers writes it for Llama, Qwen, Mistral and their kin."""
     parts = {name for name, _ in module.named_children()}
@@ -86,6 +97,8 @@ def fused_swiglu(kind: Any) -> Any:
         parts = parts_of([self.gate_proj, self.up_proj, self.down_proj], x)
         if parts is None:
             return self.down_proj(SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
-        return LoraSwiglu.apply(parts, x, *a_and_b(parts))
+        pieces = x.flatten(0, -2).split(rows_at_a_time(x, parts))
+        done = [LoraSwiglu.apply(parts, piece, *a_and_b(parts)) for piece in pieces]
+        return (done[0] if len(done) == 1 else torch.cat(done)).view(x.shape)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": __name__})

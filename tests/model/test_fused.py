@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minituner.data.collate import collate
-from minituner.model import attention
+from minituner.model import attention, fused_swiglu
 from minituner.model.adapters import apply_method
 from minituner.model.fused import KINDS, fuse
 from minituner.model.fused_lora import LoraProduct, Part, a_and_b, nothing_but_lora
@@ -221,6 +221,23 @@ def test_a_block_is_one_function_where_all_three_layers_are_fused(
         monkeypatch.setattr(kind, "forward", staticmethod(forward))
     loss_and_gradients(model)
     assert taken == ["LoraSwiglu" if whole else "SiluProduct"] * 2
+
+
+def test_a_long_row_goes_through_a_block_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = with_adapter()
+    fused = copy.deepcopy(plain)
+    fuse(fused, ALL)
+    rows: list[int] = []
+    original = LoraSwiglu.forward
+
+    def forward(ctx: Any, parts: Any, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return original(ctx, parts, x, *rest)
+
+    monkeypatch.setattr(LoraSwiglu, "forward", staticmethod(forward))
+    monkeypatch.setattr(fused_swiglu, "PIECE", 11 * 4 * 64)  # eleven tokens of 64 float32
+    assert_same(fused, plain)
+    assert rows == [11, 11, 2] * 2
 
 
 def test_what_a_fused_block_keeps() -> None:
