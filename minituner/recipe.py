@@ -166,7 +166,8 @@ class TrainSection(Section):
         False, description="Recompute activations in the backward pass: less memory, about 30% more time."
     )
     compile: bool = Field(
-        False, description="Compile the feed-forward blocks with torch.compile: faster steps after a slow first one."
+        False,
+        description="Compile the feed-forward blocks with torch.compile: a slow first step; no gain if they are fused.",
     )
     fused: list[Literal["lora", "swiglu", "norm", "rotary"]] = Field(
         default_factory=lambda: ["lora", "swiglu", "norm", "rotary"],

@@ -4,8 +4,9 @@
             feed-forward   compiled once for all layers and all lengths: matrices, activation and product in one region
 
 Compiled in place (`module.compile()`), so no parameter gets another name, and checkpoints and adapters are the same
-files with or without it. Off by default: the first step waits for the compiler, which short runs never earn back. Same
-numbers as eager to rounding (1e-5, tested); with dropout inside a region its draws are the compiler's own.
+files with or without it. Off by default: the first step waits for the compiler, which short runs never earn back, and
+beside fused layers (fused.py) nothing is left for it on a CPU (assets/benchmarks/README.md). Same numbers as eager to
+rounding (1e-5, tested); with dropout inside a region its draws are the compiler's own.
 Lesson: notebook 07.
 """
 
