@@ -158,7 +158,7 @@ EXERCISES: dict[str, Exercise] = {
             "Look at the column names, not at what is in the columns": lambda record: "alpaca",
         },
         hints=(
-            "Look at the column names first. FORMATS[name].columns says what a format reads.",
+            "Look at the column names first. data.FORMATS[name].columns says what a format reads.",
             "conversations, messages, instruction and question tell the four apart.",
             "if 'conversations' in record: return 'sharegpt', and so on.",
         ),

@@ -173,7 +173,8 @@ def _box(
         hatch.set(edgecolor=edge, alpha=0.25)
         axes.add_patch(hatch)
     if role in ("trained", "stop"):
-        axes.plot([x + pad, x + width - pad], [y + 0.88, y + 0.88], color=edge, linewidth=2, solid_capstyle="butt")
+        ends = [x + pad, x + width - pad]
+        axes.plot(ends, [y + 0.88, y + 0.88], color=edge, linestyle="-", linewidth=2, solid_capstyle="butt")
     families = fonts()[0] or [LATIN]
     axes.text(x + width / 2, y + 0.5, text, ha="center", va="center", fontsize=size, family=families, color=INK)
 

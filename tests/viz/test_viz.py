@@ -99,6 +99,8 @@ def test_label_strip_is_what_collate_trains_on(tokenizer: Any) -> None:
     part = viz.label_strip(shown, tokenizer, limit=10).data
     assert part["targets"].tolist() == batch.shift_labels[0, :10].tolist()
     assert part["hidden"] == len(shown) - 10
+    underlines = [line for line in picture.figure.axes[0].lines if len(line.get_xdata()) == 2]
+    assert {line.get_linestyle() for line in underlines} == {"-"}, "a dotted line would mean something else"
 
 
 def test_block_diagonal_mask_is_the_definition() -> None:

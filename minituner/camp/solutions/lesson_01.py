@@ -53,7 +53,7 @@ def trained_tokens(tokens):
     """How many tokens of a chat are trained.
 
     tokens: those of the chat under the model's own template, as texts; a newline is shown as Ċ. A role may be several
-    tokens, and everything between <|im_start|> and the first Ċ is one.
+    tokens: all those between <|im_start|> and the next Ċ.
     >>> trained_tokens(["<|im_start|>", "ass", "istant", "Ċ", "Hello", "!", "<|im_end|>", "Ċ"])
     3
     """
