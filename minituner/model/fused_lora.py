@@ -127,7 +127,8 @@ def is_plain(layer: Any) -> bool:
         from peft.tuners.lora.bnb import Linear4bit
 
         return type(layer) is Linear4bit
-    return type(layer) is Linear and type(base) is torch.nn.Linear and not layer.fan_in_fan_out
+    ordinary = type(base) is torch.nn.Linear or getattr(base, "on_paper", False)  # plan/activations.py counts with it
+    return type(layer) is Linear and ordinary and not layer.fan_in_fan_out
 
 
 def fused_lora(kind: Any) -> Any:

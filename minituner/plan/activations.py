@@ -215,7 +215,9 @@ class _Unpacked(torch.autograd.Function):
 
 
 class _Quantised(torch.nn.Linear):
-    """A linear layer whose weight only passes through memory."""
+    """A linear layer whose weight only passes through memory; fused, the plan adds the largest one (memory.py)."""
+
+    on_paper = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Unpacked.apply(x, self.weight, self.bias)

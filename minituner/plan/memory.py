@@ -46,9 +46,9 @@ REDUCE_BUCKET, MAX_LIVE = PRESETS["zero2"]["reduce_bucket_size"], 1_000_000_000
 PROGRAM, PROGRAM_DEEPSPEED = 0.55e9, 0.65e9
 # Adapters' small gradients lie scattered among the activations on a CPU, and the C library (glibc) can hand back little
 # of what lies between: for each byte of activations so many more stay resident. Measured with 6 and 30 layers and rows
-# of 256 and 512 (1.3 to 1.5); with MALLOC_MMAP_THRESHOLD_=65536 in the environment they are all but gone. Fused LoRA
-# layers make less between their gradients: 0.4 to 0.7 with rows of 512 and 1,024; 0.7 to 1.1 where DeepSpeed collects.
-FRAGMENTS, FRAGMENTS_FUSED, FRAGMENTS_FUSED_DEEPSPEED = 1.45, 0.5, 1.0
+# of 256 and 512 (1.3 to 1.5; 0.8 with rows of 1,024); with MALLOC_MMAP_THRESHOLD_=65536 in the environment they are all
+# but gone. Fused layers make less between their gradients: 0.4 to 0.5 with rows of 512, 0.2 with 1,024.
+FRAGMENTS, FRAGMENTS_FUSED, FRAGMENTS_FUSED_DEEPSPEED = 1.45, 0.35, 0.45
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Sizes:
     """Bytes of one trained number: 4, or 2 where the recipe asks for half precision."""
     largest_trained: int
     """Numbers in the largest trained weight."""
-    unpacked_bytes: float
-    """Of quantised layers before they were: they pass through memory while the model is loaded."""
+    largest_unpacked: float
+    """Bytes of the largest quantised weight, made whole for a product."""
     adapters: bool
     """Trained are small matrices beside frozen ones."""
     idle: int
@@ -83,7 +83,7 @@ class Sizes:
             frozen_bytes=paper.frozen_bytes,
             trained_size=max(p.element_size() for p in trained),
             largest_trained=max(p.numel() for p in trained),
-            unpacked_bytes=float(sum(layer.weight.nbytes for layer in paper.quantised)),
+            largest_unpacked=float(max((layer.weight.nbytes for layer in paper.quantised), default=0)),
             adapters=paper.method.name != "full",
             idle=paper.idle_parameters,
             eight_bit=eight_bit,
@@ -121,12 +121,13 @@ def rank_bytes(
         backward["communication"] = update["communication"] = bucket
     for part in ("activations", "logits", "temporary"):
         backward[part] = float(step.peak[part])
+    backward["temporary"] = max(backward["temporary"], sizes.largest_unpacked)
     if on_cpu:
         # The C library keeps what activations gave back (pieces below 32 MB) for more of their kind; gradients and
         # messages come on top of them, and the two moments are one.
-        # So it is with what only passes through: layers before they were quantised, gradients before they are cut, and
-        # weights that stage 3 gathers for the forward pass and again for the backward pass.
-        passing = whole * (number > 0) + sizes.unpacked_bytes
+        # So it is with what only passes through: gradients before they are cut, and weights that stage 3 gathers for
+        # the forward pass and again for the backward pass.
+        passing = whole * (number > 0)
         passing += (sizes.frozen_bytes + whole) * _live(sizes) * (number == 3)
         fused = FRAGMENTS_FUSED_DEEPSPEED if number else FRAGMENTS_FUSED
         scattered = fused if sizes.fused and number < 3 else FRAGMENTS
