@@ -88,7 +88,7 @@ def _draw_tiles(picture: np.ndarray, spans: list[tuple[int, int, int, int]], tit
     for q, q_end, k, k_end in spans:
         axes.add_patch(Rectangle((k - 0.5, q - 0.5), k_end - k, q_end - q, fill=False, edgecolor="white", linewidth=1))
     axes.set(xlabel="key: is read", ylabel="query: reads")
-    axes.set_title(title)
+    axes.set_title(title.replace(": ", "\n"))  # on one line it runs into the legend
     frame(axes, ())
     names = {"whole": WHOLE, "with a mask": PARTLY, "never touched": SKIPPED}
     handles = [Patch(facecolor=colour, edgecolor=OUTLINE, label=name) for name, colour in names.items()]

@@ -2,9 +2,11 @@
 
     python -m tests.notebooks.browse 04 --out shots     opens 04, Run > Run All Cells, moves its first slider
     python -m tests.notebooks.browse 00 04              without --out nothing is kept
+    python -m tests.notebooks.browse 03 --out shots --whole   every screen from top to bottom, not only the pictures
 
-Prints one JSON line a notebook: cells run, errors seen, whether the slider's picture changed, the screenshots. The exit
-status is 1 if a cell failed or a slider changed nothing. Chromium has to be installed; it is not downloaded.
+Prints one JSON line a notebook: cells run, seconds they took, errors seen, whether the slider's picture changed, the
+screenshots. The exit status is 1 if a cell failed or a slider changed nothing. Chromium has to be installed; it is not
+downloaded.
 """
 
 from __future__ import annotations
@@ -71,14 +73,17 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     raise SystemExit("JupyterLab did not answer in two minutes")
 
 
-def read(page: Any, url: str, name: str, out: Path | None) -> dict[str, Any]:
+def read(page: Any, url: str, name: str, out: Path | None, whole: bool) -> dict[str, Any]:
     """Open a notebook, run it from the menu, move its first slider; what was seen."""
+    import time
+
     page.goto(f"{url}/lab/tree/{name}?reset", timeout=120_000)
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=120_000)
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=120_000)
     for _ in range(12):  # a kernel that has just said it is idle may not be connected to the page yet
         page.click("li.lm-MenuBar-item:has-text('Run')")
         page.click("li.lm-Menu-item[data-command='runmenu:run-all']")
+        began = time.monotonic()
         page.wait_for_timeout(5000)
         if page.locator(".jp-Dialog").count():  # then it asks which kernel to take
             page.click(".jp-Dialog button.jp-mod-accept")
@@ -87,7 +92,8 @@ def read(page: Any, url: str, name: str, out: Path | None) -> dict[str, Any]:
             break
     page.wait_for_function(f"{UNFINISHED} === 0", timeout=LONG)
     cells = page.locator(".jp-CodeCell").count()  # now: before the run not all of them are on the page
-    found: dict[str, Any] = {"notebook": name, "cells": cells, "shots": []}
+    seconds = round(time.monotonic() - began)
+    found: dict[str, Any] = {"notebook": name, "cells": cells, "seconds": seconds, "shots": []}
     found["errors"] = page.locator(
         ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] .ansi-red-fg"
     ).count()
@@ -110,9 +116,28 @@ def read(page: Any, url: str, name: str, out: Path | None) -> dict[str, Any]:
         page.wait_for_timeout(1500)
         found["slider_changed"] = area.inner_html() != before
         shoot(page, slider, out, f"{name[:2]}-widget", found)
-    for number in range(pictures.count()):
-        shoot(page, pictures.nth(number), out, f"{name[:2]}-{number:02d}", found)
+    if whole and out:
+        scroll_through(page, out, name[:2], found)
+    else:
+        for number in range(pictures.count()):
+            shoot(page, pictures.nth(number), out, f"{name[:2]}-{number:02d}", found)
     return found
+
+
+def scroll_through(page: Any, out: Path, name: str, found: dict[str, Any]) -> None:
+    """Every screen of the notebook, from top to bottom, each beginning a little above the end of the one before."""
+    view = page.locator(".jp-Notebook .jp-WindowedPanel-outer").first
+    top, bottom = 0, 1
+    while top < bottom:
+        step, bottom = view.evaluate(
+            "(e, top) => { e.scrollTop = top; return [e.clientHeight - 60, e.scrollHeight]; }", top
+        )
+        page.wait_for_timeout(300)
+        page.screenshot(path=out / f"{name}-{len(found['shots']):02d}.png")
+        found["shots"].append(f"{name}-{len(found['shots']):02d}.png")
+        top += step
+        if top + 60 >= bottom:
+            break
 
 
 def shoot(page: Any, element: Any, out: Path | None, name: str, found: dict[str, Any]) -> None:
@@ -129,6 +154,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", help="beginnings of notebooks' names: 00 04")
     parser.add_argument("--out", type=Path, help="a folder for screenshots")
+    parser.add_argument("--whole", action="store_true", help="with --out: every screen from top to bottom")
     options = parser.parse_args()
     if not (chromium := shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")):
         raise SystemExit("Chromium is not installed (Debian: apt-get install chromium)")
@@ -145,7 +171,7 @@ def main() -> int:
             )
             for path in sorted(p for p in FOLDER.glob("*.ipynb") if p.name.startswith(tuple(options.names))):
                 page = browser.new_page(viewport={"width": 1100, "height": 760})
-                found = read(page, url, path.name, options.out)
+                found = read(page, url, path.name, options.out, options.whole)
                 print(json.dumps(found), flush=True)
                 bad += bool(found["errors"]) or found.get("slider_changed") is False
                 page.close()
