@@ -11,6 +11,7 @@ prediction nobody checked is a guess. Lessons: notebooks 05, 07 and 08.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 from minituner.errors import UsageError
@@ -18,6 +19,8 @@ from minituner.viz.picture import Picture, frame, new_figure
 from minituner.viz.style import SMALL, bar, styled
 
 Parts = Mapping[str, float]  # part -> bytes, in the order drawn
+# The parts of a plan look the same in every picture; others take what is free.
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporary", "communication")
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
 
 
@@ -26,7 +29,7 @@ def memory_bars(rows: Mapping[str, Parts], measured: Mapping[str, Parts] | None 
     """Stacked bars of bytes: `rows` as predicted, `measured` outlined below the row of the same name.
 
     Names may be in one of the two only. `data` has `rows` and `measured` (name -> part -> bytes), `totals` and
-    `measured_totals` (name -> bytes), and `parts` (in the order of their colours).
+    `measured_totals` (name -> bytes), and `parts` (in the order of the legend).
 
     Raises:
         UsageError: there is nothing to draw, or a part has a negative size.
@@ -43,7 +46,9 @@ def memory_bars(rows: Mapping[str, Parts], measured: Mapping[str, Parts] | None 
             raise UsageError(f"memory_bars: {name}: {negative[0]} is {kind[name][negative[0]]} bytes")
     widest = max(sum(kind[name].values()) for name, kind in bars)
     unit = unit_of(widest)
-    looks = {part: bar(i) for i, part in enumerate(parts)}
+    own = {part: PARTS.index(part) for part in parts if part in PARTS}
+    free = (number for number in count() if number not in own.values())
+    looks = {part: bar(own[part] if part in own else next(free)) for part in parts}
     figure = new_figure(8, 1.1 + 0.34 * len(bars) + 0.12 * len(names))
     axes = figure.add_subplot()
     place, ticks = 0.0, []

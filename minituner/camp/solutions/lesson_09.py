@@ -34,7 +34,7 @@ def share_lost(base, trained, merged):
 def kept(weights, updates, levels):
     """For each weight of a block: does it lie on another level after `updates` are merged in and all is rounded?
 
-    A block is divided by its largest absolute value, then each weight goes to the nearest of the levels.
+    A block, before and after, is divided by its own largest absolute value; then each weight goes to the nearest level.
     >>> kept([2.0, 0.6, -0.4], [0.0, 0.1, 0.45], [-1, -0.2, 0, 0.3, 1])
     [False, False, True]
     """
