@@ -14,6 +14,7 @@ turn other pairs, are left alone. Source: Su et al. 2021 (RoFormer). Lesson: not
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -51,11 +52,10 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: fl
 def is_rotary(module: Any) -> bool:
     """True for what looks like attention as Llama and Qwen2 have it; what it computes is proved (fused.py)."""
     names = {name for name, _ in module.named_children()}
-    if (
-        names != {"q_proj", "k_proj", "v_proj", "o_proj"}
-        or not hasattr(module, "head_dim")
-        or not hasattr(module, "scaling")
-    ):
+    if names != {"q_proj", "k_proj", "v_proj", "o_proj"}:
+        return False
+    told = "position_embeddings" in inspect.signature(type(module).forward).parameters
+    if not told or not all(hasattr(module, name) for name in ("head_dim", "scaling", "attention_dropout", "config")):
         return False
     more = [getattr(module, name, None) for name in ("sliding_window", "attn_logit_softcapping", "sinks")]
     return all(value is None for value in [*more, getattr(module.config, "sliding_window", None)])

@@ -141,6 +141,26 @@ def test_families_that_compute_something_else_are_left_alone(name: str, changes:
     assert_same(fused, plain)
 
 
+def test_attention_that_is_told_nothing_of_rotary_positions_is_not_even_asked() -> None:
+    """It has the same layers, but whoever called it with positions would be told so by a TypeError."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.config, self.head_dim, self.scaling, self.attention_dropout = config, 8, 1.0, 0.0
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                setattr(self, name, torch.nn.Linear(32, 32, bias=False))
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return self.o_proj(self.v_proj(hidden_states))
+
+    model = tiny_model()
+    model.model.layers[0].self_attn = Attention(model.config)
+    model.set_attn_implementation("sdpa")
+    assert fuse(model, ["rotary"]) == "fused: 1 rotary"
+    assert type(model.model.layers[0].self_attn) is Attention
+
+
 def test_a_full_model_is_fused_too() -> None:
     attention.register()
     model = tiny_model()
