@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,8 +61,6 @@ def lab(folder: Path) -> Iterator[str]:
 
 def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     """Until the server answers."""
-    import time
-
     for _ in range(600):
         if server.poll() is not None:
             raise SystemExit(f"JupyterLab left with status {server.returncode}")
@@ -75,8 +74,6 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 
 def read(page: Any, url: str, name: str, out: Path | None, whole: bool) -> dict[str, Any]:
     """Open a notebook, run it from the menu, move its first slider; what was seen."""
-    import time
-
     page.goto(f"{url}/lab/tree/{name}?reset", timeout=120_000)
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=120_000)
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=120_000)
