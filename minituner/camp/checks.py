@@ -44,13 +44,20 @@ class Checks:
                 yield from (f"exercise_{int(found[1])}_{number}" for number in exercises(found[1]))
 
 
+class Hint(str):
+    """A hint, which a notebook shows as the sentence it is, without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 class Hints:
     """`hint("3.2")`: the next hint of an exercise, from gentle to plain; after the last one, the last one again."""
 
     def __init__(self) -> None:
         self._left: dict[str, Iterator[str]] = {}
 
-    def __call__(self, key: str) -> str:
+    def __call__(self, key: str) -> Hint:
         """The next hint.
 
         Raises:
@@ -58,7 +65,7 @@ class Hints:
         """
         hints, key = find(key).hints, short(key)
         ahead = self._left.setdefault(key, itertools.chain(hints, itertools.repeat(hints[-1])))
-        return next(ahead)
+        return Hint(next(ahead))
 
 
 check = Checks()

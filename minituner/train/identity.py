@@ -88,9 +88,9 @@ class IdentityProbes(Callback):
 
     def measure(self, run: Run) -> tuple[list[str], list[str], list[bool], list[bool]]:
         """Ask all of the model as it is now; sets `result`, returns answers of both kinds and which are right."""
-        answers = run.answer(self.identity, ANSWER_TOKENS * 2)
+        both = run.answer([*self.identity, *self.ordinary], ANSWER_TOKENS * 2)  # one batch: half the time of two
+        answers, ordinary = both[: len(self.identity)], both[len(self.identity) :]
         said = [mentions(answer, self.name) for answer in answers]
-        ordinary = run.answer(self.ordinary, ANSWER_TOKENS * 2)
         clean = [not mentions(answer, self.name) for answer in ordinary]
         self.result = {
             "identity_rate": sum(said) / len(said),

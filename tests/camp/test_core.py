@@ -146,6 +146,14 @@ def test_unknown_exercises_are_told_about(capsys: pytest.CaptureFixture[str]) ->
     assert "exercise_3_2" in dir(check)
 
 
+def test_a_notebook_shows_a_hint_as_the_sentence_it_is() -> None:
+    from IPython.core.formatters import PlainTextFormatter
+
+    told = hint("10.1")
+    assert PlainTextFormatter()(told) == told
+    assert told[0] not in "'\""
+
+
 def test_arguments_are_copies() -> None:
     def spoils(turns: list[Any]) -> list[int]:
         turns.clear()
