@@ -113,7 +113,14 @@ class Ledger:
             rows.append(("held out for evaluation", self.held_out))
         if self.padding:
             rows.append(("padding (added)", self.padding))
-        head = f"{self.records:,} records, {self.documents:,} documents to train on, {dropped:,} records dropped"
-        head += f", {self.held_out_documents:,} documents held out" if self.held_out_documents else ""
+        head = f"{counted(self.records, 'record')}, {counted(self.documents, 'document')} to train on, "
+        head += f"{counted(dropped, 'record')} dropped"
+        head += f", {counted(self.held_out_documents, 'document')} held out" if self.held_out_documents else ""
         lines = [head] + [f"  {count:>12,} tokens  {count * share:5.1f}%  {name}" for name, count in rows]
-        return lines + [f"  {count:>12,} records dropped: {r}" for r, count in self.dropped_records.most_common()]
+        why = self.dropped_records.most_common()
+        return lines + [f"  {count:>12,} record{'s' * (count != 1)} dropped: {reason}" for reason, count in why]
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 record`, `1,234 records`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"

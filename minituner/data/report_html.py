@@ -15,6 +15,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
+from minituner.data.ledger import counted
 from minituner.data.look import MOST_BAD, Look, Survey, length_facts
 from minituner.data.token_view import COLOURS, ROLES, Role, TokenView, visible
 from minituner.errors import UsageError
@@ -164,7 +165,8 @@ def _packs(look: Look) -> list[str]:
             for i, length in enumerate(documents)
         )
         rows.append(
-            f'<div class="row"><span>pack {number:,}</span><div class="bar">{bar}</div>{len(documents)} documents</div>'
+            f'<div class="row"><span>pack {number:,}</span><div class="bar">{bar}</div>'
+            f"{counted(len(documents), 'document')}</div>"
         )
     return rows
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from minituner.data.ledger import counted
 from minituner.data.look import MOST_BAD, Look, Sample, Survey, length_facts
 from minituner.data.token_view import ROLES, Role, TokenView, visible
 
@@ -132,7 +133,7 @@ def _packs(look: Look, survey: Survey) -> list[str]:
     ]
     for number, documents in survey.some_packs():
         shown = pack_bar(documents, data.max_length)
-        lines.append(f"  pack {number:>6,} |{shown}| {sum(documents):,} tokens, {len(documents)} documents")
+        lines.append(f"  pack {number:>6,} |{shown}| {sum(documents):,} tokens, {counted(len(documents), 'document')}")
     return lines
 
 

@@ -98,6 +98,7 @@ def parity(
         UsageError: no such model or template, or no tokenizer there.
     """
     from minituner.chat.loaded import LoadedModel, Voice
+    from minituner.chat.opening import has_tokenizer
     from minituner.chat.session import Session
     from minituner.data.conversation import Conversation, Message
     from minituner.data.encoding import encode_many, stop_rule
@@ -109,9 +110,9 @@ def parity(
     given = Path(model)
     folder = given / "hf" if (given / "hf").is_dir() else given if given.is_dir() else fetch(str(model), say=say)
     facts = facts_of(folder)
-    if not _has_tokenizer(folder) and (folder / "adapter_config.json").is_file():
+    if not has_tokenizer(folder) and (folder / "adapter_config.json").is_file():
         folder = fetch(base_of(folder), say=say)  # other programs' adapters often come without one
-    if not _has_tokenizer(folder):
+    if not has_tokenizer(folder):
         raise UsageError(
             f"{folder} has no tokenizer", fix="copy tokenizer.json and tokenizer_config.json of the base into it"
         )
@@ -138,15 +139,11 @@ def parity(
         again = _through_transformers("exported again", Path(place), plain, stop_id)
         doors.append(again)
     for other in map(Path, exported):
-        if not _has_tokenizer(other):
+        if not has_tokenizer(other):
             raise UsageError(f"{other} has no tokenizer", fix=f"give an exported folder ({FACTS} and tokenizer.json)")
         doors.append(_through_transformers(str(other), other, plain, stop_id))
     ids = {i for door in doors for i in door.ids} | {stop_id}
     return Parity(str(model), key, doors, {i: tokenizer.decode([i]) for i in ids}, stop_id)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
 def _through_transformers(name: str, folder: Path, messages: list[dict[str, Any]], stop_id: int) -> Door:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from minituner.data.ledger import counted
 from minituner.plan.memory import PARTS
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def lines_of(plan: Estimate) -> list[str]:
         f"parameters     {plan.parameters:,}, of which {plan.trained:,} are trained "
         f"({plan.trained / plan.parameters:.2%})"
         + (f"; {plan.active:,} work on one token" if plan.active < plan.parameters else ""),
-        f"micro-batch    {row.tokens:,} tokens at most, {len(row.seq_lens)} documents, {row.supervised:,} targets",
+        f"micro-batch    {row.tokens:,} tokens at most, {counted(len(row.seq_lens), 'document')}, "
+        f"{row.supervised:,} targets",
         *_work(plan),
         "",
         f"memory of one rank at its worst moment: {size(plan.peak_bytes)}",

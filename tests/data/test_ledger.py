@@ -66,7 +66,7 @@ def test_the_table_names_every_reason() -> None:
     ledger.drop("太长", 4)
     ledger.drop("cannot be used")
     text = "\n".join(ledger.lines())
-    assert text.startswith("3 records, 1 documents to train on, 2 records dropped")
+    assert text.startswith("3 records, 1 document to train on, 2 records dropped")
     for said in ("10 tokens", "20.0%  trained", "BOS", "prompt (system", "truncated", "dropped: 太长", "padding"):
         assert said in text
-    assert "1 records dropped: cannot be used" in text
+    assert "1 record dropped: cannot be used" in text
