@@ -43,6 +43,9 @@ class AdaptedLayers:
     """
 
     def __init__(self, skeleton: Any, adapter: Path) -> None:
+        from minituner.model.quantized import import_bitsandbytes
+
+        import_bitsandbytes()
         from peft import PeftConfig, get_peft_model
         from peft.utils.save_and_load import get_peft_model_state_dict
         from safetensors import SafetensorError, safe_open

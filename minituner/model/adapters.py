@@ -22,6 +22,7 @@ import warnings
 from typing import Any
 
 from minituner.errors import UsageError, nearest
+from minituner.model.quantized import import_bitsandbytes
 from minituner.model.residual import moves_the_base, remember_start
 from minituner.recipe import MethodSection
 
@@ -43,6 +44,7 @@ def apply_method(model: Any, method: MethodSection, *, activation_checkpointing:
         check_settings(method)
         check_targets(model, method.target_modules)
         check_modules_to_save(model, method.modules_to_save)
+        import_bitsandbytes()
         from peft import LoraConfig, get_peft_model
 
         model.requires_grad_(False)

@@ -120,9 +120,11 @@ def _all_a(parts: Sequence[Part]) -> torch.Tensor:
 
 def is_plain(layer: Any) -> bool:
     """True for peft's LoRA over an ordinary or a 4-bit linear layer."""
+    base = getattr(layer, "base_layer", None)
+    if base is None:
+        return False
     from peft.tuners.lora import Linear
 
-    base = getattr(layer, "base_layer", None)
     if getattr(getattr(base, "weight", None), "quant_state", None) is not None:
         from peft.tuners.lora.bnb import Linear4bit
 

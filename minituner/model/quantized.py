@@ -19,11 +19,36 @@ Sources: Dettmers et al. 2023 (QLoRA), Dettmers et al. 2022 (LLM.int8). Lesson: 
 
 from __future__ import annotations
 
+import os
+import sys
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from minituner.errors import UsageError
+
+ASLEEP = "TORCHDYNAMO_DISABLE"  # torch.compile then returns the function it was given
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, if it is there, without torch's compiler: a second less until peft is imported.
+
+    peft imports bitsandbytes whatever it is used for. That marks some functions for torch.compile, which imports the
+    whole compiler. They are those for devices without kernels of their own, and stay as they are written.
+    """
+    if "bitsandbytes" in sys.modules:
+        return
+    before = os.environ.get(ASLEEP)
+    os.environ[ASLEEP] = "1"
+    try:
+        with suppress(ImportError):  # who needs it says so
+            import bitsandbytes  # noqa: F401
+    finally:
+        if before is None:
+            del os.environ[ASLEEP]
+        else:
+            os.environ[ASLEEP] = before
 
 
 def quantization_config(method: str, compute_dtype: torch.dtype) -> Any:
@@ -44,6 +69,7 @@ def quantization_config(method: str, compute_dtype: torch.dtype) -> Any:
         )
     from transformers import BitsAndBytesConfig
 
+    import_bitsandbytes()
     if method == "int8_lora":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -21,6 +21,7 @@ from minituner.errors import MinitunerError, UsageError
 from minituner.export.beside import FACTS, training_facts, write_beside
 from minituner.model.fingerprint import comparable, fingerprint
 from minituner.model.loading import quiet
+from minituner.model.quantized import import_bitsandbytes
 from minituner.model.residual import save_as_plain_lora
 from minituner.recipe import Recipe
 from minituner.train.checkpoint import resume_command
@@ -160,6 +161,7 @@ def put_adapter_on(
     Raises:
         UsageError: the adapter belongs to another model. MinitunerError: its files cannot be read.
     """
+    import_bitsandbytes()
     from peft import PeftModel
     from peft.utils.save_and_load import get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open

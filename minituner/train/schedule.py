@@ -29,6 +29,10 @@ def learning_rate(step: int, total_steps: int, train: TrainSection) -> float:
 def _curve(name: str, step: int, warmup: int, total_steps: int) -> float:
     """transformers' multiplier of the peak at `step`."""
     import torch
+
+    from minituner.model.quantized import import_bitsandbytes
+
+    import_bitsandbytes()  # the next line imports peft, and that bitsandbytes
     from transformers import get_scheduler
 
     nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # it wants an optimizer to drive; only its curve is of use
