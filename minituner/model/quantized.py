@@ -20,8 +20,8 @@ Sources: Dettmers et al. 2023 (QLoRA), Dettmers et al. 2022 (LLM.int8). Lesson: 
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,14 +31,13 @@ from minituner.errors import UsageError
 ASLEEP = "TORCHDYNAMO_DISABLE"  # torch.compile then returns the function it was given
 
 
+@cache
 def import_bitsandbytes() -> None:
     """Import bitsandbytes, if it is there, without torch's compiler: a second less until peft is imported.
 
     peft imports bitsandbytes whatever it is used for. That marks some functions for torch.compile, which imports the
     whole compiler. They are those for devices without kernels of their own, and stay as they are written.
     """
-    if "bitsandbytes" in sys.modules:
-        return
     before = os.environ.get(ASLEEP)
     os.environ[ASLEEP] = "1"
     try:
