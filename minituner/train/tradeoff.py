@@ -28,12 +28,23 @@ class TradeOff(IdentityProbes):
     `points` has one dictionary a measurement: step, identity_rate, clean_rate, retention_kl (nats a token; None in a
     resumed run, which starts from a tuned model). `answers` has what was said, by step and prompt.
 
+    `untuned` is a TradeOff that has watched another training of the same model: what it measured before the first step
+    is taken over, instead of asking the untuned model the same questions again.
+
     Raises:
-        UsageError: a step below 1, or `questions` below 1.
+        UsageError: a step below 1, `questions` below 1, or an `untuned` that asked something else.
     """
 
-    def __init__(self, name: str, steps: Iterable[int], language: str = "en", questions: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        steps: Iterable[int],
+        language: str = "en",
+        questions: int | None = None,
+        untuned: TradeOff | None = None,
+    ) -> None:
         super().__init__(name, language)
+        self.taken_over = untuned
         self.steps = sorted(set(steps))
         if any(step < 1 for step in self.steps):
             raise UsageError(f"steps={self.steps}: the first step that can be measured is 1", fix="leave 0 out")
@@ -43,13 +54,29 @@ class TradeOff(IdentityProbes):
             self.identity, self.ordinary = self.identity[:questions], self.ordinary[:questions]
         self.points: list[dict[str, Any]] = []
         self.answers: dict[int, dict[str, str]] = {}
+        self.asked: tuple[Any, ...] = ()
 
     def on_start(self, run: Run) -> None:
         """Keep what the untuned model says, and measure it: nothing learned, nothing lost."""
         self.points, self.answers = [], {}
+        recipe = run.recipe
+        system = recipe.evaluate.system or recipe.data.system
+        self.asked = (recipe.model, recipe.data.template, system, self.name, self.identity, self.ordinary)
+        if self.taken_over and not run.first_step:
+            self._take_over(self.taken_over)
+            return
         with untouched(run.model):
             super().on_start(run)
             self._point(run)
+
+    def _take_over(self, other: TradeOff) -> None:
+        if other.asked != self.asked or 0 not in other.answers:
+            raise UsageError(
+                "untuned=...: that one did not ask the same model the same questions before its first step",
+                fix="leave `untuned` out, or give one that watched this model, with this template, name and questions",
+            )
+        self.sequences, self.untuned = other.sequences, other.untuned
+        self.points, self.answers = [dict(other.points[0])], {0: other.answers[0]}
 
     def on_step(self, run: Run, metrics: dict[str, Any]) -> None:
         """Measure when it is due."""

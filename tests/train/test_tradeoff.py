@@ -80,6 +80,25 @@ def test_a_resumed_run_says_that_it_has_nothing_to_compare_with(model_folder: Pa
     assert {point["retention_kl"] for point in watch.points} == {None}
 
 
+def test_what_another_measured_of_the_untuned_model_is_taken_over(model_folder: Path, tmp_path: Path) -> None:
+    watch = TradeOff("Ada", (2,), questions=2)
+    run(model_folder, tmp_path / "a", [watch], learning_rate=1e-3)
+    again = TradeOff("Ada", (2,), questions=2)
+    run(model_folder, tmp_path / "b", [again])
+    spared = TradeOff("Ada", (2,), questions=2, untuned=watch)
+    run(model_folder, tmp_path / "c", [spared])
+    assert spared.points == again.points
+    assert spared.answers == again.answers
+    assert spared.points[1] != watch.points[1], "only what was before the first step is the other's"
+    for other in (
+        TradeOff("Ada", (2,), questions=2, untuned=TradeOff("Ada", (2,), questions=2)),
+        TradeOff("Eve", (2,), questions=2, untuned=watch),
+        TradeOff("Ada", (2,), untuned=watch),
+    ):
+        with pytest.raises(UsageError, match="did not ask the same model the same questions"):
+            run(model_folder, tmp_path / "d", [other])
+
+
 @pytest.mark.parametrize(
     ("options", "said"), [({"steps": (0, 2)}, "first step"), ({"steps": (1,), "questions": 0}, "1")]
 )
