@@ -25,6 +25,7 @@ from minituner.cli_museum import museum_app
 from minituner.cli_options import RecipeName
 from minituner.cli_plan import bench_app, plan_app
 from minituner.cli_web import web_app
+from minituner.collection import collect_seldom
 from minituner.errors import MinitunerError, UsageError
 
 app = typer.Typer(
@@ -149,6 +150,7 @@ def plot(
 
 def console() -> None:
     """The console script: `main` in a process of its own, which a run leaves without Python's teardown."""
+    collect_seldom()
     try:
         main()
     except SystemExit as stop:

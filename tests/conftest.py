@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from minituner.collection import collect_seldom
+from minituner.home import home
 from tests.tiny import tiny_folder, write_chats
 
 
@@ -19,9 +22,22 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _imported_modules_are_not_garbage() -> None:
-    """Every run collects garbage when it ends; it need not look through half a million objects of imported code."""
+    """Collection need not look through half a million objects of imported code, and no more often than in a command."""
     gc.collect()
     gc.freeze()
+    collect_seldom()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_cache_for_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests prepare is not left in the user's cache; its models are lent, for making one takes half a minute."""
+    models = home() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    place = tmp_path_factory.mktemp("home")
+    (place / "models").symlink_to(models)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINITUNER_HOME", str(place))
+        yield
 
 
 @pytest.fixture(scope="session")

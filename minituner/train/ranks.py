@@ -94,10 +94,12 @@ class Ranks:
         for forget in self.before_leaving:
             forget()
         self.before_leaving.clear()
-        if self.together and dist.is_initialized():
+        met = dist.is_initialized()
+        if self.together and met:
             dist.destroy_process_group()
         self._numbers = None
-        gc.collect()  # a group may hang in a cycle with the run that used it
+        if met:
+            gc.collect()  # a group may hang in a cycle with the run that used it
 
     @contextmanager
     def contact(self) -> Iterator[None]:

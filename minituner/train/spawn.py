@@ -19,6 +19,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from minituner.collection import collect_seldom
 from minituner.errors import MinitunerError, UsageError
 
 PATIENCE = 10.0  # seconds for the other ranks to be heard after one has failed
@@ -108,6 +109,7 @@ def _rank(end: Connection, place: dict[str, str], quiet: bool, work: Callable[..
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
+    collect_seldom()
     import torch
 
     from minituner.train.launch import world_of

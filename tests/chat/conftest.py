@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,15 +31,13 @@ def memorised(place: Path, model: Path, name: str, template: str, answer: str = 
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Name -> hf folder: three adapters of one base, and the base.
 
     `internlm_chat` ends its answers with a text of several tokens here, `native` with one; `other` says OTHER_ANSWER.
     """
     place = tmp_path_factory.mktemp("chat")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINITUNER_HOME", str(place / "home"))
-        base = tiny_folder(place / "base")
-        folders = {name: memorised(place, base, name, name) for name in ("native", "internlm_chat")}
-        folders["other"] = memorised(place, base, "other", "native", OTHER_ANSWER)
-        yield {"base": base, **folders}
+    base = tiny_folder(place / "base")
+    folders = {name: memorised(place, base, name, name) for name in ("native", "internlm_chat")}
+    folders["other"] = memorised(place, base, "other", "native", OTHER_ANSWER)
+    return {"base": base, **folders}

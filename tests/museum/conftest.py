@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,25 +40,14 @@ def fault_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINITUNER_HOME", str(tmp_path_factory.mktemp("museum-home")))
-        yield
-
-
-@pytest.fixture(scope="session")
-def clean_run(
-    model_folder: Path, fault_data: Path, tmp_path_factory: pytest.TempPathFactory, _session_home: None
-) -> TrainResult:
+def clean_run(model_folder: Path, fault_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """The recipe without any fault."""
     recipe = recipe_for("", model_folder, fault_data)
     return train(recipe, tmp_path_factory.mktemp("museum-clean"), progress=False, say=silent)
 
 
 @pytest.fixture(scope="session")
-def whole_run(
-    model_folder: Path, fault_data: Path, tmp_path_factory: pytest.TempPathFactory, _session_home: None
-) -> Callable[[str], Whole]:
+def whole_run(model_folder: Path, fault_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
     """`whole_run(name)`: the run with that fault, the same one each time it is asked for."""
     made: dict[str, Whole] = {}
 

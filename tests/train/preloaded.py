@@ -18,7 +18,9 @@ from transformers import (  # noqa: F401  (a lazy package: naming them imports t
 
 import minituner.cli
 import minituner.train.loop  # noqa: F401
+from minituner.collection import collect_seldom
 
 # Half a million objects of imported modules: a child that collects garbage need not look at them, nor copy their pages.
 gc.collect()
 gc.freeze()
+collect_seldom()  # as the console script does

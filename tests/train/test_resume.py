@@ -150,13 +150,11 @@ def test_killed_ten_times_it_ends_as_if_never_killed(
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A finished run of four steps, and the recipe it had."""
     place = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINITUNER_HOME", str(place / "home"))
-        model, chats = tiny_folder(place / "model"), write_chats(place / "chats.jsonl")
-        tiny_folder(place / "other", seed=1)
-        recipe = tiny_recipe(model, chats, train={"num_epochs": 1}, evaluate={"prompts": []})
-        result = train(recipe, place / "w", say=lambda line: None)
-        yield {"recipe": recipe, "work_dir": place / "w", "result": result, "place": place}
+    model, chats = tiny_folder(place / "model"), write_chats(place / "chats.jsonl")
+    tiny_folder(place / "other", seed=1)
+    recipe = tiny_recipe(model, chats, train={"num_epochs": 1}, evaluate={"prompts": []})
+    result = train(recipe, place / "w", say=lambda line: None)
+    return {"recipe": recipe, "work_dir": place / "w", "result": result, "place": place}
 
 
 # change -> what the message must name
