@@ -7,11 +7,12 @@ ARGS   ?=
 
 # Two tests at once, one thread each: twice as fast on two cores as one after the other. Whoever is done first takes
 # half of what the other has left. The cells of a notebook belong together, and the long notebooks start first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-SPREAD := --dist worksteal
-CELLS  := --dist loadfile --no-loadscope-reorder --nbval-sanitize-with tests/notebooks/sanitize.cfg
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SPREAD := -n 2 --dist worksteal
+CELLS  := -n 2 --dist loadfile --no-loadscope-reorder
+NBVAL  := --nbval-sanitize-with tests/notebooks/sanitize.cfg
 STRICT := notebooks/02_chat_templates.ipynb
-LONG   := $(foreach number,00 10 07 05 08,$(wildcard notebooks/$(number)_*.ipynb))
+LONG   := $(foreach number,00 10 07 05 09 08 06 03,$(wildcard notebooks/$(number)_*.ipynb))
 LAX    := $(LONG) $(filter-out $(LONG) $(STRICT),$(wildcard notebooks/*.ipynb))
 
 .PHONY: help setup quickstart test test-fast test-latest notebooks-refresh lint format lab notebooks clean
@@ -34,8 +35,8 @@ quickstart: setup ## from nothing to your own assistant (ARGS="--name Ada")
 
 test: setup      ## the whole test suite, notebooks included
 	$(PYTEST) $(SPREAD) $(ARGS)
-	$(PYTEST) $(CELLS) --nbval-lax $(LAX)
-	$(PYTEST) $(CELLS) --nbval $(STRICT)
+	$(PYTEST) $(CELLS) $(NBVAL) --nbval-lax $(LAX)
+	$(PYTEST) $(NBVAL) --nbval $(STRICT)
 
 test-fast: setup ## no notebooks, nothing that starts ranks or browsers or takes seconds
 	$(PYTEST) $(SPREAD) -m "not slow" $(ARGS)
@@ -45,7 +46,7 @@ test-latest: ## the tests with the newest releases of everything; the lock stays
 	$(PYTHON) -m venv --clear .venv-latest
 	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
-	OMP_NUM_THREADS=1 .venv-latest/bin/python -m tests.latest -n 2 $(SPREAD) $(ARGS)
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m tests.latest $(SPREAD) $(ARGS)
 
 notebooks-refresh: setup ## run the notebooks and write their outputs back (ARGS="03 04": these)
 	$(BIN)/python -m tests.notebooks.refresh $(ARGS)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from minituner.collection import collect_seldom
 from minituner.home import home
 from tests.tiny import tiny_folder, write_chats
 
@@ -22,10 +21,9 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _imported_modules_are_not_garbage() -> None:
-    """Collection need not look through half a million objects of imported code, and no more often than in a command."""
+    """Every collection of a run that ends need not look through half a million objects of imported code."""
     gc.collect()
     gc.freeze()
-    collect_seldom()
 
 
 @pytest.fixture(scope="session", autouse=True)
