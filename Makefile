@@ -8,7 +8,7 @@ ARGS   ?=
 # Two tests at once, one thread each: twice as fast on two cores as one after the other. Whoever is done first takes
 # half of what the other has left. The cells of a notebook belong together, and the long notebooks start first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-SPREAD := -n 2 --dist worksteal
+SPREAD := -n 2 --dist worksteal -p no:nbval
 CELLS  := -n 2 --dist loadfile --no-loadscope-reorder
 NBVAL  := --nbval-sanitize-with tests/notebooks/sanitize.cfg
 STRICT := notebooks/02_chat_templates.ipynb
@@ -38,7 +38,7 @@ test: setup      ## the whole test suite, notebooks included
 	$(PYTEST) $(CELLS) $(NBVAL) --nbval-lax $(LAX)
 	$(PYTEST) $(NBVAL) --nbval $(STRICT)
 
-test-fast: setup ## no notebooks, nothing that starts ranks or browsers or takes seconds
+test-fast: setup ## no notebooks, nothing that starts commands, ranks or browsers, or takes seconds
 	$(PYTEST) $(SPREAD) -m "not slow" $(ARGS)
 
 # Newest releases but for torch, whose newest would pull another build of several gigabytes.

@@ -125,6 +125,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "said"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_usage_is_exit_2_and_says_what_and_the_fix(arguments: list[str], said: list[str], place: Path) -> None:
     (place / "tiny_copy.yaml").touch()
@@ -154,6 +155,7 @@ DATA: dict[str, tuple[str, list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("content", "said"), DATA.values(), ids=DATA.keys())
 def test_data_that_cannot_be_used_is_exit_2_and_says_where(content: str, said: list[str], place: Path) -> None:
     (place / "chats.jsonl").write_text(content, encoding="utf-8")
@@ -166,6 +168,7 @@ def test_data_that_cannot_be_used_is_exit_2_and_says_where(content: str, said: l
     assert not (place / "w" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_bad_records_can_be_skipped_and_are_listed(place: Path) -> None:
     with (place / "chats.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"messages": [{"role": "user", "content": "你好"}]}\n')
@@ -176,6 +179,7 @@ def test_bad_records_can_be_skipped_and_are_listed(place: Path) -> None:
     assert "chats.jsonl:13" in listed
 
 
+@pytest.mark.slow
 def test_broken_models_are_exit_1_with_a_message(place: Path) -> None:
     broken = place / "broken"
     broken.mkdir()
@@ -190,6 +194,7 @@ def test_broken_models_are_exit_1_with_a_message(place: Path) -> None:
     assert "there is no folder" in output
 
 
+@pytest.mark.slow
 def test_a_disk_error_anywhere_is_a_message_with_the_place(place: Path) -> None:
     (place / "home").mkdir()
     (place / "home" / "prepared").write_text("a file where the cache should be")
@@ -200,6 +205,7 @@ def test_a_disk_error_anywhere_is_a_message_with_the_place(place: Path) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback_wherever_it_stands(place: Path) -> None:
     for arguments in (["--debug", "train", "no.yaml"], ["train", "no.yaml", "--debug"]):
         status, output = run_command(arguments, place)
@@ -208,6 +214,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(place: Path) -> None:
         assert "no such recipe file" in output
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_recipe_ledger_and_steps_and_trains_nothing(place: Path) -> None:
     status, output = run_command(["train", "r.yaml", "--dry-run", "train.max_steps=7"], place)
     assert status == 0, output
@@ -217,6 +224,7 @@ def test_a_dry_run_prints_recipe_ledger_and_steps_and_trains_nothing(place: Path
     assert not (place / "work_dirs").exists()
 
 
+@pytest.mark.slow
 def test_a_copied_recipe_is_explained_loads_and_trains(place: Path) -> None:
     status, output = run_command(["copy-cfg", "r.yaml", "out", "train.max_steps=2", "name=mine"], place)
     assert status == 0, output

@@ -1,4 +1,4 @@
-"""`make test-fast` stays fast: whatever starts ranks or a browser is marked slow, whoever writes the test.
+"""`make test-fast` stays fast: whatever starts a training's process or a browser is marked slow, whoever writes it.
 
 Read from the source, not from a run: a test is found through the helpers and fixtures of its file that it uses.
 """
@@ -12,6 +12,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 STARTERS = {"ranks_of", "rank_environments", "on_ranks", "run_all", "run_ranks", "FakeSlurm", "sync_playwright"}
+STARTERS |= {"run_command", "Command", "Process", "CONTEXT"}  # the server that they are forked from takes seconds
 FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py") if path.name != "test_lanes.py")
 
 
@@ -45,7 +46,7 @@ def unmarked(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_what_starts_ranks_or_a_browser_is_marked_slow(file: str) -> None:
+def test_what_starts_processes_or_a_browser_is_marked_slow(file: str) -> None:
     assert not unmarked((TESTS / file).read_text(encoding="utf-8")), "add @pytest.mark.slow"
 
 

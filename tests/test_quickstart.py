@@ -69,6 +69,7 @@ def test_any_name_goes_through_as_it_is(name: str, lang: str, model_folder: Path
     assert result.probes["identity_rate"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["", "  ", "a\nb", "{name}", "<|im_end|>", "x" * 200])
 def test_a_name_that_cannot_be_used_is_exit_2_before_anything_starts(name: str, tmp_path: Path) -> None:
     status, output = run_command(["quickstart", "--name", name, "--work-dir", "w"], tmp_path)
@@ -79,6 +80,7 @@ def test_a_name_that_cannot_be_used_is_exit_2_before_anything_starts(name: str, 
     assert not (tmp_path / "w" / "runs").exists()
 
 
+@pytest.mark.slow
 def test_wrong_options_are_exit_2_with_a_message(tmp_path: Path) -> None:
     for arguments, said in ((["--lang", "fr"], "fr"), (["train.learning_rte=1"], "did you mean 'learning_rate'?")):
         status, output = run_command(["quickstart", "--work-dir", "w", *arguments], tmp_path)
@@ -87,6 +89,7 @@ def test_wrong_options_are_exit_2_with_a_message(tmp_path: Path) -> None:
         assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_place_that_cannot_be_written_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     status, output = run_command(["quickstart", "--work-dir", "file/w"], tmp_path)

@@ -31,6 +31,7 @@ def problems(**sections: Any) -> str:
 TEXT = st.text(alphabet=st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), max_size=30)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     notes=st.one_of(

@@ -106,12 +106,14 @@ def test_hostile_answers_do_not_pass(name: str) -> None:
     assert any(choice in text for choice in words.split("|")), text
 
 
+@pytest.mark.slow
 def test_an_endless_loop_is_cut() -> None:
     state, text = outcome_of("while True:\n    try:\n        pass\n    except BaseException:\n        pass", seconds=5)
     assert state == "not yet"
     assert "did not end within 5 seconds" in text
 
 
+@pytest.mark.slow
 def test_an_endless_loop_while_it_is_loaded_is_cut() -> None:
     state, text = outcome_of("return 1", before="EVIL = [0 for _ in iter(int, 1)]\nUSED = EVIL\n", seconds=5)
     assert state == "not yet"  # not named by the answer: never run

@@ -64,6 +64,7 @@ def test_every_dataset_composes(dataset: str) -> None:
         assert made.evaluate.system == SYSTEM_PROMPTS[key]
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(sorted(MODELS)),
     st.sampled_from(sorted(METHODS)),

@@ -162,6 +162,7 @@ def test_one_session_answers_one_at_a_time() -> None:
     assert session.ask("And?")
 
 
+@pytest.mark.slow
 def test_sessions_over_one_model_answer_at_once_and_never_mix(trained: dict[str, Path]) -> None:
     """Different adapters, different histories, threads: each answer is what it is when alone."""
     one = open_session(trained["base"], adapter=[trained["native"], trained["other"]], max_new_tokens=60, say=silent)

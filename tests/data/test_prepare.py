@@ -195,6 +195,7 @@ def test_limit_draws_by_seed_and_keeps_the_order(chats: Path) -> None:
     assert lines == sorted(lines)
 
 
+@pytest.mark.slow
 def test_records_are_streamed(own_home: Path, chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more than a few chunks are read ahead of what is written, by one process or by several."""
     module = import_module("minituner.data.prepare")  # the name in the package is the function

@@ -124,6 +124,7 @@ def _prepare_in_a_process(path: str, home: str, queue: Any) -> None:
     queue.put((prepared.ledger.trained, all_tokens(prepared)[:50]))
 
 
+@pytest.mark.slow
 def test_two_at_once_are_both_right(own_home: Path, chats: Path) -> None:
     queue = CONTEXT.Queue()
     both = [CONTEXT.Process(target=_prepare_in_a_process, args=(str(chats), str(own_home), queue)) for _ in range(2)]

@@ -82,6 +82,7 @@ def test_lengths_are_log_normal_with_a_long_tail() -> None:
     assert with_input == pytest.approx(script.INPUT_SHARE, abs=0.03)
 
 
+@pytest.mark.slow
 def test_words_are_unevenly_frequent_and_many() -> None:
     words = " ".join(row["output"] for row in script.records(3000, zh_share=0.0)).split()
     counts = sorted((words.count(word) for word in set(words[:2000])), reverse=True)

@@ -42,6 +42,7 @@ def test_every_door_gives_the_same_ids_and_stops_there(template: str, tmp_path: 
     assert parity(tmp_path).equal, "a run's folder: its hf/"
 
 
+@pytest.mark.slow
 def test_the_first_difference_is_shown(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     hf = full_folder(base, tmp_path / "hf", "qwen_chat")

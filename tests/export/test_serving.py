@@ -79,6 +79,7 @@ def test_stop_texts_of_the_training_are_passed_on(tmp_path: Path) -> None:
     assert all(text in note for text in texts)
 
 
+@pytest.mark.slow
 def test_the_command_shows_the_table_and_fails_on_a_problem(tmp_path: Path) -> None:
     folder = full_folder(tiny_folder(tmp_path / "base"), tmp_path / "full")
     status, output = run_command(["convert", "check", "full"], tmp_path)
@@ -109,6 +110,7 @@ def asked_alone(folder: str, message: str, out: str) -> None:
     Path(out).write_text(json.dumps(tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["merged", "split", "bf16"])
 def test_plain_transformers_in_a_fresh_process_says_the_same(way: str, tmp_path: Path) -> None:
     """Greedy tokens of the exported folder there == those of the adapter in this package's chat here."""

@@ -222,6 +222,7 @@ def test_remote_code_and_damaged_folders_are_refused(tmp_path: Path) -> None:
     refused(MinitunerError, "has a tokenizer")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     adapter_on(base, tmp_path / "hf")

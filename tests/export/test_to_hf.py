@@ -110,6 +110,7 @@ def in_a_fresh_process(folder: str, out: str) -> None:
     Path(out).write_text(json.dumps(tokens))
 
 
+@pytest.mark.slow
 def test_reloaded_in_a_fresh_process_it_says_the_same(tmp_path: Path, chats: Path) -> None:
     run = trained(tmp_path, chats, method={"name": "full"})
     out = to_hf(run, tmp_path / "out", max_shard_size="20KB", say=silent)
@@ -181,6 +182,7 @@ def test_what_is_no_whole_checkpoint_or_another_recipe_is_refused(tmp_path: Path
     assert not [path for path in os.listdir(tmp_path) if "out" in path]
 
 
+@pytest.mark.slow
 def test_the_command_takes_xtuners_order_too(tmp_path: Path, chats: Path) -> None:
     run = trained(tmp_path, chats)
     status, output = run_command(["convert", "pth_to_hf", str(run / "recipe.yaml"), "run", "a"], tmp_path)

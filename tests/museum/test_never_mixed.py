@@ -89,6 +89,7 @@ def test_marks(tmp_path: Path) -> None:
         refuse_mixed(tmp_path, None)
 
 
+@pytest.mark.slow
 def test_the_command_line_is_loud_and_refuses_what_cannot_be(
     model_folder: Path, fault_data: Path, tmp_path: Path
 ) -> None:

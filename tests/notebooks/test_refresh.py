@@ -35,6 +35,7 @@ def test_normalising_keeps_outputs_and_is_done_once() -> None:
     assert nbformat.writes(refresh.normalised(done)) == once
 
 
+@pytest.mark.slow
 def test_a_failing_notebook_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refresh, "FOLDER", tmp_path)
     path = tmp_path / "00_a.ipynb"

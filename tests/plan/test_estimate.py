@@ -78,6 +78,7 @@ def test_shapes_alone_take_what_real_tensors_take(
     assert plan.peak["gradients"] == pytest.approx(real["gradients"], rel=0.02, abs=4096)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "targets"), [("full", "all-linear"), ("lora", "all-linear"), ("lora", ON_ATTENTION)]
 )
@@ -96,6 +97,7 @@ def test_a_mixture_of_experts_takes_what_real_tensors_take(method: str, targets:
     assert f"{base_only.active:,} work on one token" in str(base_only)
 
 
+@pytest.mark.slow
 def test_adapters_on_experts_are_seen_to_copy_them_and_attention_alone_is_proposed(tmp_path: Path) -> None:
     mixture("mixtral").save_pretrained(tmp_path)
     recipe = _recipe(tmp_path, "lora", checkpointing=True)

@@ -203,6 +203,7 @@ def save_on_a_full_disk(work_dir: str, limit: int) -> None:
         sys.exit(error.exit_code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 100, 1000])
 def test_a_disk_that_is_full_keeps_the_previous_checkpoint(tmp_path: Path, limit: int) -> None:
     write(tmp_path, 1, 1.0)

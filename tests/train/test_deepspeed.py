@@ -389,6 +389,7 @@ def test_no_compiler_no_noise_and_the_root_logger_untouched(tmp_path: Path) -> N
     assert not (tmp_path / "built").exists(), "nothing was compiled"
 
 
+@pytest.mark.slow
 def test_the_command_lines_name_sets_the_recipe(tmp_path: Path) -> None:
     model, data = tiny_folder(tmp_path / "model"), uneven_chats(tmp_path / "uneven.jsonl")
     tiny_recipe(model, data, train={"max_steps": 1}).dump(tmp_path / "r.yaml")

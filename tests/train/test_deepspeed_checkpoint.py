@@ -35,6 +35,7 @@ def evil(tmp_path: Path) -> Path:
     return tmp_path / "evil"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["", "global_step1"])
 def test_without_trust_nothing_is_executed(inner: str, evil: Path, tmp_path: Path) -> None:
     status, output = run_command(["convert", "deepspeed", str(evil / inner), "out"], tmp_path)
@@ -45,6 +46,7 @@ def test_without_trust_nothing_is_executed(inner: str, evil: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_is_refused_would_have_run(evil: Path, tmp_path: Path) -> None:
     status, _ = run_command(["convert", "deepspeed", str(evil), "out", "--trust-checkpoint"], tmp_path)
     assert status == 1
@@ -52,6 +54,7 @@ def test_what_is_refused_would_have_run(evil: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_a_trusted_one_becomes_safetensors(stage: str, tmp_path: Path) -> None:
     from minituner.train.deepspeed_engine import DeepSpeedEngine

@@ -130,6 +130,7 @@ WRONG_COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("more", "environment", "said"), WRONG_COMMANDS.values(), ids=WRONG_COMMANDS.keys())
 def test_wrong_launches_are_exit_2(more: list[str], environment: dict[str, str], said: str, place: Path) -> None:
     command = Command(["train", "r.yaml", *more], place, environment=environment)

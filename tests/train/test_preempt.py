@@ -91,6 +91,7 @@ def test_a_kill_while_data_is_prepared_is_not_taken_for_prepared_data(model_fold
     assert "found in the cache" not in output
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_model_loads_is_130_and_the_next_run_is_whole(place: Path) -> None:
     command = Command(["train", "r.yaml", "--work-dir", "w"], place)
     assert command.wait_for_text("packs of at most"), command.output

@@ -289,6 +289,7 @@ def test_fewer_steps_than_the_checkpoint_has_are_said(finished: dict[str, Any], 
     assert "the schedule has changed since the checkpoint: total_steps 4 -> 3" in said
 
 
+@pytest.mark.slow
 def test_auto_with_nothing_to_resume_is_exit_2(model_folder: Path, chats: Path, tmp_path: Path) -> None:
     tiny_recipe(model_folder, chats).dump(tmp_path / "r.yaml")
     status, output = run_command(["train", "r.yaml", "--work-dir", "w", "--resume", "auto"], tmp_path)

@@ -69,6 +69,7 @@ def place(model_folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_writes_it_and_wrong_ones_are_exit_2(place: Path) -> None:
     status, output = run_command(["launch", "slurm", "r.yaml", "--nodes", "2", "--gpus", "8"], place)
     assert status == 0, output

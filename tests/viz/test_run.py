@@ -101,6 +101,7 @@ def test_nothing_to_draw_is_said(content: list[dict[str, Any]] | None, said: str
         run_curves(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_picture_goes_where_it_can(tmp_path: Path) -> None:
     write_run(tmp_path, "20261121-101500", steps(1, 2, 3.0))
     for name, start in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml"), ("c.pdf", b"%PDF")):
