@@ -137,7 +137,7 @@ def test_packed_leak_lets_a_neighbour_in(lengths: tuple[int, int], seed: int) ->
     assert difference < 1e-5
     with injected("packed-leak", silent) as injection:
         moved, _ = leak_of(attention.PER_DOCUMENT_SDPA, packed)
-    assert moved > 1e-3
+    assert moved > 1e-4  # without the fault exactly 0; a short neighbour after a long document moves little
     assert injection.acted == 3  # the three rows with two documents; a document alone has nobody to see
 
 
