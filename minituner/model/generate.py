@@ -10,7 +10,8 @@ The attention implementation is transformers' own meanwhile (a cache, one docume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with for_generation(model):
+        with for_generation(model), _head_reads_rows(model):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -77,6 +78,25 @@ def generate(
     finally:
         model.train(was_training)
     return [_until_stop(row[longest:].tolist(), stop_ids) for row in out]
+
+
+@contextmanager
+def _head_reads_rows(model: Any) -> Iterator[None]:
+    """Within: the head gets the last position of each prompt as rows that lie together.
+
+    transformers hands it a view into all positions, (batch, 1, hidden) with gaps. For such a view and a frozen matrix
+    torch multiplies row by row, reads the matrix once for each prompt, and may copy it as often: for 40 prompts and
+    SmolLM2's head 0.26 s and 2.2 GB instead of 0.03 s and none.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def answer_text(tokenizer: Any, ids: Sequence[int], stop: tuple[list[int], list[str]]) -> str:
