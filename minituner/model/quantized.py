@@ -19,7 +19,10 @@ Sources: Dettmers et al. 2023 (QLoRA), Dettmers et al. 2022 (LLM.int8). Lesson: 
 
 from __future__ import annotations
 
+import logging
+import math
 import os
+import warnings
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -29,6 +32,7 @@ import torch
 from minituner.errors import UsageError
 
 ASLEEP = "TORCHDYNAMO_DISABLE"  # torch.compile then returns the function it was given
+_KEPT: list[Any] = []  # what is registered with torch holds as long as the object that registered it
 
 
 @cache
@@ -40,14 +44,59 @@ def import_bitsandbytes() -> None:
     """
     before = os.environ.get(ASLEEP)
     os.environ[ASLEEP] = "1"
+    # On CPUs with bfloat16 units it misses a kernel for answering from rearranged weights, which is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    found = False
     try:
         with suppress(ImportError):  # who needs it says so
             import bitsandbytes  # noqa: F401
+
+            found = True
     finally:
         if before is None:
             del os.environ[ASLEEP]
         else:
             os.environ[ASLEEP] = before
+    if found and not right_for_short_rows():
+        take_matrices_as_one_row()
+
+
+def right_for_short_rows() -> bool:
+    """True if bitsandbytes makes 4-bit matrices whole whose rows end within a block of 64, on this machine's CPU.
+
+    Its kernel for AVX-512 (0.50) gives such rows the wrong blocks' scales: a quarter of their size is then error, not a
+    tenth, and nothing says so.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    matrix = torch.linspace(1, 8, 256).view(8, 32)
+    packed, state = quantize_4bit(matrix, blocksize=64, quant_type="nf4")
+    whole = dequantize_4bit(packed, state)
+    state.shape = torch.Size([256])
+    return torch.equal(whole.flatten(), dequantize_4bit(packed, state).flatten())
+
+
+def take_matrices_as_one_row() -> None:
+    """From now on bitsandbytes' CPU kernel gets every 4-bit matrix as one long row, which it makes whole rightly."""
+    name = "bitsandbytes::dequantize_4bit"
+    theirs = torch.library.get_kernel(name, "CPU")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+    def as_one_row(
+        A: torch.Tensor,
+        absmax: torch.Tensor,
+        blocksize: int,
+        quant_type: str,
+        shape: list[int],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        whole: torch.Tensor = theirs.call_boxed(keys, A, absmax, blocksize, quant_type, [math.prod(shape)], dtype)
+        return whole.view(shape)
+
+    _KEPT.append(torch.library.Library("bitsandbytes", "IMPL"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        _KEPT[-1].impl("dequantize_4bit", as_one_row, "CPU", allow_override=True)
 
 
 def quantization_config(method: str, compute_dtype: torch.dtype) -> Any:
