@@ -1,4 +1,4 @@
-"""A batch of prompts: the head's matrix is read once for all of them, and the answers are those of each prompt alone."""
+"""A batch of prompts: the head's matrix is read once for all, and the answers are those of each prompt alone."""
 
 from __future__ import annotations
 
