@@ -173,6 +173,12 @@ class TrainSection(Section):
         default_factory=lambda: ["lora", "swiglu", "norm", "rotary"],
         description="Layers computed in fewer passes over memory, each proved equal first; [] uses the libraries' own.",
     )
+    cpu_matmul: Literal["auto", "blas", "onednn"] = Field(
+        "auto", description="Who multiplies by frozen matrices on a CPU: torch's BLAS, oneDNN, or what suits the CPU."
+    )
+    keep_memory: bool = Field(
+        True, description="On a CPU, keep a step's memory for the next one instead of handing it back to the system."
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="Loss or gradient NaN or infinite: stop and say where, or skip and count."
     )

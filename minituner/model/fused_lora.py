@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+
+from minituner.model.matmul import linear
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ class LoraProduct(torch.autograd.Function):
 
 def products(x: torch.Tensor, parts: Sequence[Part]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The outputs [(T, out)] of the parts for x (T, in), and h = x A^T (T, r of all parts together)."""
-    h = x @ _all_a(parts).T
+    h = linear(x, _all_a(parts))
     ys = []
     for part, own in zip(parts, h.split([len(part.a) for part in parts], -1), strict=True):
-        y = F.linear(x, part.whole, part.bias)
+        y = linear(x, part.whole, part.bias)
         ys.append(y.addmm_(own, part.b.T, alpha=part.scale))
     return ys, h
 
@@ -90,13 +91,13 @@ def product_gradients(
     ranks = [len(part.a) for part in parts]
     dx, dbs = None, []
     for part, dy, own, down in zip(parts, dys, h.split(ranks, -1), dh.split(ranks, -1), strict=True):
-        torch.mul(dy @ part.b, part.scale, out=down)
-        dbs.append((own.T @ dy).mul_(part.scale).T)
+        torch.mul(linear(dy, part.b.T), part.scale, out=down)
+        dbs.append(linear(own.T, dy.T).mul_(part.scale).T)
         if wants_dx:
-            dx = dy @ part.whole if dx is None else dx.addmm_(dy, part.whole)
+            dx = linear(dy, part.whole.T) if dx is None else dx.addmm_(dy, part.whole)
     if dx is not None:
         dx.addmm_(dh, _all_a(parts))
-    das = (dh.T @ x).split(ranks)
+    das = linear(dh.T, x.T).split(ranks)
     return dx, [gradient for pair in zip(das, dbs, strict=True) for gradient in pair]
 
 

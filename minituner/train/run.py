@@ -28,10 +28,12 @@ from minituner.model.fused import fuse
 from minituner.model.generate import answer_text, generate
 from minituner.model.head import Head, find_head, probe
 from minituner.model.loading import load_model, load_tokenizer
+from minituner.model.matmul import choose_matmul
 from minituner.model.residual import restore_start
 from minituner.model.sources import fetch
 from minituner.recipe import Recipe
 from minituner.train import checkpoint, sequence_parallel
+from minituner.train.allocator import keep_memory
 from minituner.train.context import refuse_longer_than_model
 from minituner.train.engines import Engine, TorchEngine, digest
 from minituner.train.feed import Feed
@@ -152,6 +154,9 @@ def set_up(
         checkpoint.load_weights(model, saved.weights)  # before the engine cuts the model into pieces
     engine.prepare(model)
     model.train()
+    if device == "cpu" and recipe.train.keep_memory:
+        keep_memory()
+    say(choose_matmul(recipe.train.cpu_matmul, device))
     say(fuse(model, recipe.train.fused))
     if recipe.train.compile:
         say(compile_regions(model, device))
