@@ -50,6 +50,9 @@ class QuantizedBase:
         import torch
         from transformers.pytorch_utils import Conv1D
 
+        from minituner.model.quantized import import_bitsandbytes
+
+        import_bitsandbytes()
         weight = weight.to(self.dtype)
         if not self.holds(name):
             return weight.float()

@@ -44,12 +44,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Both are float32 numbers in memory, not a rehearsal's (fake tensors) or a compiler's."""
+    """Both are float32 numbers in memory, and nobody compiles or counts: what counts bytes knows no other layouts."""
     return (
         _chosen == "onednn"
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and type(x) is torch.Tensor
         and min(*x.shape, *weight.shape) > 0
+        and torch._C._len_torch_dispatch_stack() == 0
         and not torch.compiler.is_compiling()
     )

@@ -28,6 +28,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from minituner.errors import UsageError
 
@@ -69,11 +70,12 @@ def right_for_short_rows() -> bool:
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    matrix = torch.linspace(1, 8, 256).view(8, 32)
-    packed, state = quantize_4bit(matrix, blocksize=64, quant_type="nf4")
-    whole = dequantize_4bit(packed, state)
-    state.shape = torch.Size([256])
-    return torch.equal(whole.flatten(), dequantize_4bit(packed, state).flatten())
+    with _disable_current_modes():  # a plan imports it too, among tensors without numbers
+        matrix = torch.linspace(1, 8, 256, device="cpu").view(8, 32)
+        packed, state = quantize_4bit(matrix, blocksize=64, quant_type="nf4")
+        whole = dequantize_4bit(packed, state)
+        state.shape = torch.Size([256])
+        return torch.equal(whole.flatten(), dequantize_4bit(packed, state).flatten())
 
 
 def take_matrices_as_one_row() -> None:
