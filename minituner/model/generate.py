@@ -92,7 +92,7 @@ def _head_reads_rows(model: Any) -> Iterator[None]:
     if head is None:
         yield
         return
-    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    hook = head.register_forward_pre_hook(lambda module, inputs: tuple(value.contiguous() for value in inputs))
     try:
         yield
     finally:
