@@ -65,6 +65,8 @@ def open_model(
     for place in named.values():
         check_adapter(place)
     base = fetch(str(model), say=say)
+    if dtype == "auto" and bits is not None and named:  # only weights in this data type become the same bits again
+        dtype = str(facts_of(next(iter(named.values()))).get("dtype") or dtype)
     load = Loader(dtype, bits, trust_remote_code)
     facts = facts_of(base)
     before = base_name = None

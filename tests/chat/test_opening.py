@@ -14,9 +14,10 @@ import torch
 from minituner.chat.opening import name_adapters, open_model
 from minituner.chat.session import open_session
 from minituner.errors import MinitunerError, UsageError
+from minituner.train.loop import train
 from tests.chat.conftest import ANSWER, QUESTION
 from tests.export.test_shards import Bomb
-from tests.tiny import tiny_folder, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_folder, tiny_model, tiny_recipe, tiny_tokenizer
 
 
 def silent(_: str) -> None:
@@ -160,6 +161,24 @@ def test_bits_hold_the_base_quantised_under_its_adapter(bits: int, trained: dict
     with torch.no_grad():
         apart = (loaded.model(ids).logits - whole.model(ids).logits).norm() / whole.model(ids).logits.norm()
     assert 0 < apart < (0.5 if bits == 4 else 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_bits_are_made_of_the_data_type_that_training_had(
+    bits: int, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained in float32 here, opened where `auto` takes bfloat16: rounded twice, it would be another base."""
+    method = {"name": "qlora" if bits == 4 else "int8_lora", "lora_rank": 4}
+    recipe = tiny_recipe(model_folder, chats, method=method, train={"max_steps": 1}, evaluate={"prompts": []})
+    assert recipe.model.dtype == "float32"
+    adapter = train(recipe, tmp_path / "run", say=silent).hf
+    monkeypatch.setattr("minituner.model.loading.fast_dtype", lambda device: (torch.bfloat16, "measured"))
+    opened = open_model(adapter, bits=bits, say=silent)
+    assert opened.model.get_input_embeddings().weight.dtype == torch.float32
+    with pytest.raises(UsageError, match="other weights"):
+        open_model(adapter, bits=bits, dtype="bfloat16", say=silent)
 
 
 def own_code(folder: Path, **config: Any) -> Path:

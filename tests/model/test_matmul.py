@@ -131,6 +131,7 @@ def test_what_onednn_cannot_take_goes_to_blas() -> None:
     assert (half.dtype, none.shape, fake.shape, called) == (torch.bfloat16, (0, 5), (3, 5), [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [["lora"], ["lora", "swiglu", "norm", "rotary"]], ids=["lora", "all"])
 def test_a_run_is_the_same_with_either(fused: list[str], model_folder: Path, chats: Path, tmp_path: Path) -> None:
     runs, calls = {}, {}

@@ -60,6 +60,7 @@ def test_another_c_library_is_left_alone(error: type[Exception], monkeypatch: py
     assert not keep_memory()
 
 
+@pytest.mark.slow
 def test_a_run_tells_it_unless_it_is_turned_off(
     model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
