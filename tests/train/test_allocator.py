@@ -41,9 +41,8 @@ def test_a_step_finds_the_pages_of_the_last_one() -> None:
         told, count = out.split()
         assert told == str(True if name == "kept" else None)
         faults[name] = int(count)
-    # As it comes it is 50,000 or hardly any, by what happens to lie above the heap's last piece.
-    assert faults["kept"] < 1_000, faults
-    assert faults["kept"] <= faults["as it comes"], faults
+    # Three steps touch 176,000 pages. As it comes a third or all of them are asked for anew, in few runs hardly any.
+    assert faults["kept"] < 5_000, faults
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"])
