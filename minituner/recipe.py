@@ -179,6 +179,9 @@ class TrainSection(Section):
     keep_memory: bool = Field(
         True, description="On a CPU, keep a step's memory for the next one instead of handing it back to the system."
     )
+    share_prefixes: bool = Field(
+        True, description="Compute what documents of a pack begin alike with once, such as a system prompt."
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="Loss or gradient NaN or infinite: stop and say where, or skip and count."
     )

@@ -26,6 +26,8 @@ from minituner.data.encoding import IGNORE
 if TYPE_CHECKING:
     import torch
 
+    from minituner.data.prefixes import Prefixes
+
 
 Document = tuple[np.ndarray, np.ndarray]  # input_ids and labels, (n,) each
 
@@ -35,7 +37,8 @@ class Batch:
     """One micro-batch; tensors as drawn above.
 
     `seq_lens` are the lengths that attention keeps apart; `supervised_tokens` counts targets and `tokens` the real
-    ones, both among this batch's own (1, T): a slice keeps the borders of the whole row, see `slice_of_row`.
+    ones, both among this batch's own (1, T): a slice keeps the borders of the whole row, see `slice_of_row`. Where
+    documents begin alike, `prefixes` says which tokens `input_ids` and `position_ids` (1, N) still hold (prefixes.py).
     """
 
     input_ids: torch.Tensor
@@ -45,6 +48,12 @@ class Batch:
     seq_lens: list[int]
     supervised_tokens: int
     tokens: int
+    prefixes: Prefixes | None = None
+
+    @property
+    def computed_tokens(self) -> int:
+        """Those that the model computes."""
+        return self.tokens if self.prefixes is None else self.input_ids.shape[1]
 
     def to(self, device: Any) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -80,11 +80,12 @@ def packed_kwargs(batch: Any, implementation: str) -> dict[str, Any]:
 
     Made once per batch from Python numbers, so that no layer has to read a length back from the device.
     """
+    shared = {} if batch.prefixes is None else {"prefixes": batch.prefixes}
     if implementation in (PER_DOCUMENT_SDPA, PER_DOCUMENT_EAGER):
-        return {"seq_lens": batch.seq_lens}
+        return {"seq_lens": batch.seq_lens, **shared}
     longest, cu = max(batch.seq_lens, default=0), batch.cu_seqlens
     if implementation == VARLEN:
-        return {"cu_seq_lens_q": cu, "max_length_q": longest}
+        return {"cu_seq_lens_q": cu, "max_length_q": longest, **shared}
     if implementation in FLASH:
         return {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}
     return {}

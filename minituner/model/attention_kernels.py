@@ -12,7 +12,8 @@
                                 . . . B .
                                 . . . B B
 
-Both have the signature of transformers' AttentionInterface. Lesson: notebook 06.
+Both have the signature of transformers' AttentionInterface, and take `prefixes` besides (shared_prefixes.py).
+Lesson: notebook 06.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import torch
 from torch.nn import functional as F
 
 from minituner.errors import MinitunerError
+from minituner.model.shared_prefixes import over_whole_row
 
 HALF = (torch.float16, torch.bfloat16)
 
 
+@over_whole_row
 def per_document_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -101,6 +104,7 @@ def _one_document(
     return out.permute(2, 0, 1, 3).flatten(1, 2)
 
 
+@over_whole_row
 def varlen(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -50,6 +50,8 @@ def loss_at(
     model: Any, batch: Batch, implementation: str, head: Head | None, keep: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
     """The same where the positions with a target are known already: `keep` (S,), and their `targets` (S,) or none."""
+    if batch.prefixes is not None:  # a token's state is where its beginning was computed
+        keep = batch.prefixes.rows[keep]
     if head is not None:
         hidden = head.hidden(batch, implementation)[keep]
         return head.loss_sum(hidden, targets) if len(targets) else hidden.float().sum() * 0.0
@@ -65,6 +67,14 @@ def loss_at(
     if not len(targets):
         return logits.float().sum() * 0.0
     return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def states(model: Any, batch: Batch, implementation: str, head: Head | None) -> torch.Tensor:
+    """What the loss is made of, (N, width) for every computed token: hidden states, or logits without a head."""
+    if head is not None:
+        return head.hidden(batch, implementation)
+    borders = packed_kwargs(batch, implementation)
+    return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **borders).logits[0]
 
 
 def accepts_logits_to_keep(model: Any) -> bool:

@@ -3,6 +3,7 @@
     records -> a fresh process takes the steps -> tokens/s, s/step, share of the GEMM rate, peak memory, fill
 
     "tokens_per_second": 231.0            real tokens; the supervised ones beside it
+    "computed_share": 0.85                of them; where a pack's documents begin alike, that is computed once
     "seconds_per_step": 4.43              the median of the steady state, after the first two
     "gemm_share": 0.71                    model FLOP/s by a large matrix product's, measured right before and after
     "limit_tokens_per_second": 325.4      what that product's rate would allow
@@ -155,11 +156,13 @@ def settings_of(recipe: Recipe, steps: int) -> dict[str, Any]:
 def summary(facts: dict[str, Any], rows: Sequence[dict[str, Any]], gemm: Sequence[float]) -> dict[str, Any]:
     """The steady state of measured steps; rates are totals over totals, so that long packs count as they should."""
     steady = list(rows[WARM_UP:])
-    seconds, tokens, flops = (sum(row[key] for row in steady) for key in ("seconds", "tokens", "flops"))
+    keys = ("seconds", "tokens", "computed_tokens", "flops")
+    seconds, tokens, computed, flops = (sum(row[key] for row in steady) for key in keys)
     best = max(gemm)
     return {
         "tokens_per_second": round(tokens / seconds, 1),
         "trained_tokens_per_second": round(sum(row["supervised_tokens"] for row in steady) / seconds, 1),
+        "computed_share": round(computed / tokens, 4),
         "seconds_per_step": round(statistics.median(row["seconds"] for row in steady), 4),
         "first_step_seconds": round(rows[0]["seconds"], 4),
         "gemm_share": round(flops / seconds / best, 4),

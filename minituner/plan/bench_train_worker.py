@@ -85,6 +85,7 @@ class Steps:
         return {
             "seconds": seconds,
             "tokens": sum(batch.tokens for batch in window),
+            "computed_tokens": sum(batch.computed_tokens for batch in window),
             "supervised_tokens": supervised,
             "flops": self.meter.window_flops(window),
             "documents": sum(len(batch.seq_lens) for batch in window),
@@ -116,7 +117,7 @@ def serve(commands: TextIO, answers: TextIO, folder: Path) -> None:
         print(line, file=sys.stderr, flush=True)
 
     steps = Steps(json.loads(commands.readline())["recipe"], folder, say)
-    kept = [line for line in said if line.startswith(("fused", "train.compile", "loss:"))]
+    kept = [line for line in said if line.startswith(("fused", "train.compile", "loss:", "prefixes:"))]
     answer({**steps.facts(), "notes": kept})
     known = {"step": steps.step, "gemm": steps.gemm}
     for line in commands:

@@ -234,7 +234,15 @@ class Plans:
         if work.tokens is None:
             return None
         recompute = recompute and recipe.train.activation_checkpointing
-        return self._paper(recipe).flops.of(work.tokens, work.supervised, work.pairs, recompute=recompute)
+        tokens = work.computed if self._shares_prefixes(recipe) else work.tokens
+        return self._paper(recipe).flops.of(tokens, work.supervised, work.pairs, recompute=recompute)
+
+    def _shares_prefixes(self, recipe: Recipe) -> bool:
+        """Whether a run would; on a GPU that depends on the kernel found there, and the plan counts every token."""
+        packed = recipe.data.packing != "none" or recipe.train.per_device_batch_size > 1
+        alike = not recipe.method.lora_dropout and recipe.data.isolate_documents
+        whole = recipe.distributed.sequence_parallel_size == 1
+        return self.device == "cpu" and recipe.train.share_prefixes and packed and alike and whole
 
     def _paper(self, recipe: Recipe) -> Any:
         import torch

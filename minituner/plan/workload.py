@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from minituner.data.collate import collate
 from minituner.data.packing import Pieces
+from minituner.data.prefixes import share_prefixes
 from minituner.data.prepare import Prepared, prepare
 from minituner.errors import MinitunerError, SourceError
 from minituner.model.loading import load_tokenizer
@@ -27,7 +29,7 @@ from minituner.train.feed import Feed
 
 # Shapes and tokenizer: all that a plan reads of a model on a hub.
 BESIDE_WEIGHTS = ("config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "*.jinja")
-LOOKED_AT = 64  # of the fullest packs, to find the one with the most targets
+LOOKED_AT = 64  # packs: of the fullest, to find the one with the most targets; of all, to see how much they share
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Workload:
     fullest: Row
     steps: int | None = None
     tokens: float | None = None
+    computed: float | None = None
+    """Tokens, where beginnings that a pack's documents share are computed once (data/prefixes.py)."""
     supervised: float | None = None
     pairs: float | None = None
     note: str = ""
@@ -116,9 +120,17 @@ def workload_of(recipe: Recipe, folder: Path, world_size: int, say: Callable[[st
         _fullest(prepared, recipe, lengths),
         feed.total_steps,
         epochs * tokens,
+        epochs * tokens * _computed_share(prepared),
         epochs * supervised,
         epochs * pairs,
     )
+
+
+def _computed_share(prepared: Prepared) -> float:
+    """The share of tokens that are computed where packs share their beginnings; of LOOKED_AT packs over the whole."""
+    some = np.unique(np.linspace(0, len(prepared.packs) - 1, min(LOOKED_AT, len(prepared.packs))).astype(int))
+    rows = [collate([prepared.documents(int(n))]) for n in some]
+    return sum(share_prefixes(row).computed_tokens for row in rows) / max(1, sum(row.tokens for row in rows))
 
 
 def _packs(prepared: Prepared) -> list[list[range]]:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from minituner.data.collate import Batch, collate, slice_of_row
 from minituner.data.order import batches
+from minituner.data.prefixes import share_prefixes
 from minituner.data.prepare import Prepared
 from minituner.errors import UsageError
 from minituner.recipe import Recipe
@@ -36,6 +37,7 @@ class Feed:
         per_rank = math.ceil(len(prepared.packs) / (train.per_device_batch_size * self.data_world_size))
         self.steps_per_epoch = math.ceil(per_rank / train.gradient_accumulation_steps)
         self.total_steps = train.max_steps or math.ceil(train.num_epochs * self.steps_per_epoch)
+        self.share_prefixes = False
         self._epoch, self._batches = -1, []
         if not self.steps_per_epoch:
             raise UsageError("there are no packs to train on", next_command="minituner inspect")
@@ -64,4 +66,6 @@ class Feed:
         rows = (collate([self.prepared.documents(n) for n in numbers], isolate=isolate) for numbers in self.packs(step))
         if self.parts > 1:
             rows = (slice_of_row(row, self.part, self.parts) for row in rows)
+        elif self.share_prefixes:
+            rows = (share_prefixes(row) for row in rows)
         return [to_device(row) for row in rows]

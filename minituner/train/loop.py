@@ -174,9 +174,8 @@ def run_steps(run: Run, watchers: Sequence[Callback], stop: StopRequest) -> None
         with clock("data"):
             window = run.feed.window(run.step, lambda batch: batch.to(engine.device))
         # One denominator for the whole window on all ranks: every supervised token weighs the same.
-        counts = sum(batch.supervised_tokens for batch in window), sum(batch.tokens for batch in window)
         with clock("waiting"):
-            supervised, *_ = sums = engine.all_sums([*counts, meter.window_flops(window)])
+            supervised, *_ = sums = engine.all_sums(meter.window_counts(window))
         total_loss = 0.0
         with clock("model"):
             for batch in window:

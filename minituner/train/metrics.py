@@ -1,12 +1,14 @@
 """Metrics: one line a step, from which everything else that watches a run is made.
 
     {"step": 7, "epoch": 0.3, "loss": 2.1, "learning_rate": 1e-4, "grad_norm": 0.8,     what was learned
-     "supervised_tokens": 310, "tokens": 980, "trained_tokens": 2170,                   in this step; in all of training
+     "supervised_tokens": 310, "tokens": 980, "computed_tokens": 910,                   in this step
+     "trained_tokens": 2170,                                                            in all of training
      "tokens_per_second": 350.0, "model_flops_per_second": 1.1e11, "gemm_share": 0.62,  how fast, and how near the limit
      "peak_memory_gb": 1.9,                                                             this process, so far
      "seconds": 2.8, "seconds_data": 0.01, "seconds_model": 2.6, ...}                   where the time went
 
-`gemm_share` is the model's FLOP/s (plan/flops.py, recomputation not counted) as a share of what this machine reaches in
+`computed_tokens` are fewer than `tokens` where documents of a pack begin alike (data/prefixes.py). `gemm_share` is the
+model's FLOP/s (plan/flops.py; of computed tokens, recomputation not counted) as a share of what this machine reaches in
 a large matrix product, measured once at the start, all ranks together. `seconds_*` are since the line before, so saving
 and evaluation after step 7 are in line 8, and they add up to the wall clock. At the end their shares are said and kept
 in `summary.json`. Lesson: notebook 07.
@@ -45,13 +47,18 @@ class Meter:
     def window_flops(self, window: Sequence[Batch]) -> float:
         """This rank's operations for one window; ranks that share a row share its attention."""
         return sum(
-            self.flops.of(batch.tokens, batch.supervised_tokens, causal_pairs(batch.seq_lens) / self.parts)
+            self.flops.of(batch.computed_tokens, batch.supervised_tokens, causal_pairs(batch.seq_lens) / self.parts)
             for batch in window
         )
 
+    def window_counts(self, window: Sequence[Batch]) -> list[float]:
+        """This rank's supervised, all and computed tokens, and operations, of one window."""
+        tokens = [(batch.supervised_tokens, batch.tokens, batch.computed_tokens) for batch in window]
+        return [*map(sum, zip(*tokens, strict=True)), self.window_flops(window)]
+
     def line(self, loss: float, rate: float, norm: float, sums: Sequence[float]) -> dict[str, Any]:
-        """The metrics of the step that was just made; `sums` are supervised tokens, tokens and FLOPs of all ranks."""
-        run, (supervised, tokens, flops) = self.run, sums
+        """The metrics of the step that was just made; `sums` are the `window_counts` of all ranks."""
+        run, (supervised, tokens, computed, flops) = self.run, sums
         lap = self.clock.lap()
         seconds = sum(lap.values()) - sum(lap[part] for part in BETWEEN_STEPS)
         self.done += flops
@@ -64,6 +71,7 @@ class Meter:
             "grad_norm": norm,
             "supervised_tokens": int(supervised),
             "tokens": int(tokens),
+            "computed_tokens": int(computed),
             "trained_tokens": run.trained_tokens,
             "supervised_tokens_per_second": supervised / seconds,
             "tokens_per_second": tokens / seconds,
@@ -85,6 +93,7 @@ class Meter:
         return {
             "steps": len(lines),
             "tokens": tokens,
+            "computed_tokens": sum(line["computed_tokens"] for line in lines),
             "supervised_tokens": sum(line["supervised_tokens"] for line in lines),
             "seconds": sum(totals.values()),
             "seconds_by_part": dict(totals),

@@ -21,15 +21,17 @@ from minituner.data.encoding import encode_prompt, stop_rule
 from minituner.data.prepare import Prepared, prepare
 from minituner.errors import MinitunerError, UsageError
 from minituner.model.adapters import apply_method, count_parameters
-from minituner.model.attention import assert_isolated
+from minituner.model.attention import OURS, assert_isolated
 from minituner.model.compiled import compile_regions
 from minituner.model.fingerprint import fingerprint
 from minituner.model.fused import fuse
 from minituner.model.generate import answer_text, generate
 from minituner.model.head import Head, find_head, probe
 from minituner.model.loading import load_model, load_tokenizer
+from minituner.model.loss import states
 from minituner.model.matmul import choose_matmul
 from minituner.model.residual import restore_start
+from minituner.model.shared_prefixes import proved
 from minituner.model.sources import fetch
 from minituner.recipe import Recipe
 from minituner.train import checkpoint, sequence_parallel
@@ -162,6 +164,8 @@ def set_up(
         say(compile_regions(model, device))
     run.head, how = find_head(model, attention, probe(feed.part, feed.parts).to(engine.device))
     say(how)
+    feed.share_prefixes, how = share_prefixes_of(run)
+    say(how)
     if ranks.together:
         say(f"{engine.world_size} ranks on {device}, each with its share of the packs; gradients are summed")
         torch.manual_seed(recipe.train.seed + engine.rank)  # ranks must not drop out the same units
@@ -179,6 +183,18 @@ def prove_isolated(model: Any, attention: str, vocab_size: int, say: Say) -> Non
     influence = assert_isolated(model, attention, vocab_size)
     moved = f"{influence:.1g}, the rounding of its experts" if influence else "exactly 0"
     say(f"isolation proved on this model: changing a packed document moves its neighbour's logits by {moved}")
+
+
+def share_prefixes_of(run: Run) -> tuple[bool, str]:
+    """Whether beginnings that documents of a pack have in common are computed once, and a sentence that says why."""
+    if not run.recipe.train.share_prefixes:
+        return False, "prefixes: each document computes its own (train.share_prefixes=false)"
+    if run.attention not in OURS or run.feed.parts > 1:
+        return False, f"prefixes: each document computes its own, as attention {run.attention} cannot lay them out"
+
+    if not proved(run.model, lambda row: states(run.engine.model, row, run.attention, run.head), run.engine.device):
+        return False, "prefixes: each document computes its own, as on this model the two differ (dropout, for one)"
+    return True, "prefixes: what documents of a pack begin alike with is computed once, proved equal on this model"
 
 
 def engine_for(recipe: Recipe, device: str, ranks: Ranks) -> Engine:

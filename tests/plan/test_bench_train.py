@@ -22,17 +22,17 @@ pytestmark = pytest.mark.usefixtures("own_home")
 SETTINGS = {"gradient_accumulation_steps": 2, "num_epochs": 3}
 
 
-def rows_of(*steps: tuple[float, int, int, float]) -> list[dict[str, Any]]:
-    keys = ("seconds", "tokens", "supervised_tokens", "flops")
+def rows_of(*steps: tuple[float, int, int, int, float]) -> list[dict[str, Any]]:
+    keys = ("seconds", "tokens", "computed_tokens", "supervised_tokens", "flops")
     return [{**dict(zip(keys, step, strict=True)), "peak_memory_gb": i, "loss": 1.0} for i, step in enumerate(steps)]
 
 
 def test_figures_follow_from_the_steady_steps_only() -> None:
-    rows = rows_of(
-        (99.0, 1, 1, 1e9), (50.0, 1, 1, 1e9), (2.0, 100, 40, 4e10), (4.0, 200, 110, 8e10), (3.0, 60, 0, 3e10)
-    )
+    warm_up = (99.0, 1, 1, 1, 1e9), (50.0, 1, 1, 1, 1e9)
+    rows = rows_of(*warm_up, (2.0, 100, 90, 40, 4e10), (4.0, 200, 150, 110, 8e10), (3.0, 60, 30, 0, 3e10))
     figures = summary({"fill": 0.9}, rows, [1e10, 2e10])
     assert figures["tokens_per_second"] == 40.0  # 360 tokens in 9 seconds
+    assert figures["computed_share"] == 0.75
     assert figures["trained_tokens_per_second"] == pytest.approx(150 / 9, abs=0.05)
     assert figures["seconds_per_step"] == 3.0
     assert figures["first_step_seconds"] == 99.0

@@ -60,6 +60,7 @@ def test_it_learns_and_writes_what_the_design_says(model_folder: Path, chats: Pa
     lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines == result.metrics
     keys = "step epoch loss learning_rate grad_norm supervised_tokens tokens trained_tokens seconds eta_seconds"
+    keys += " computed_tokens"
     rates = "supervised_tokens_per_second tokens_per_second model_flops_per_second gemm_share peak_memory_gb"
     assert set(lines[0]) == {*keys.split(), *rates.split(), *(f"seconds_{part}" for part in PARTS)}
 

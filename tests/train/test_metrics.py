@@ -64,10 +64,12 @@ class Windows(Callback):
 
     def __init__(self) -> None:
         self.lengths: list[list[int]] = []
+        self.computed: list[int] = []
 
     def on_step(self, run: Run, metrics: dict[str, Any]) -> None:
-        self.run = run
-        self.lengths.append([n for batch in run.feed.window(run.step - 1) for n in batch.seq_lens])
+        self.run, window = run, run.feed.window(run.step - 1)
+        self.lengths.append([n for batch in window for n in batch.seq_lens])
+        self.computed.append(sum(batch.input_ids.shape[1] for batch in window))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -88,11 +90,12 @@ def test_every_number_of_a_line_follows_from_the_step(
     flops = model_flops(watch.run.model, flows_to_embedding=checkpointing)
     rate = gemm_rate(torch.float32)
     total = trained = 0
-    for line, lengths in zip(result.metrics, watch.lengths, strict=True):
+    for line, lengths, computed in zip(result.metrics, watch.lengths, watch.computed, strict=True):
         assert line["tokens"] == sum(lengths)
+        assert line["computed_tokens"] == computed
         trained += line["supervised_tokens"]
         assert line["trained_tokens"] == trained
-        operations = flops.of(sum(lengths), line["supervised_tokens"], sum(n * (n + 1) / 2 for n in lengths))
+        operations = flops.of(computed, line["supervised_tokens"], sum(n * (n + 1) / 2 for n in lengths))
         total += operations
         assert line["model_flops_per_second"] * line["seconds"] == pytest.approx(operations)
         assert line["gemm_share"] == pytest.approx(line["model_flops_per_second"] / rate)
@@ -109,6 +112,7 @@ def test_every_number_of_a_line_follows_from_the_step(
     assert summary["model_flops"] == pytest.approx(total)
     assert summary["steps"] == 6
     assert summary["tokens"] == sum(map(sum, watch.lengths))
+    assert summary["computed_tokens"] == sum(watch.computed) < summary["tokens"]
     in_lines = sum(line[f"seconds_{part}"] for line in result.metrics for part in PARTS)
     assert in_lines < summary["seconds"], "after the last line it still saved and evaluated"
     for part in ("data", "model", "optimizer", "waiting"):
