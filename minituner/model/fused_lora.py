@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from minituner.model.matmul import linear
+from minituner.model.matmul import add_linear, linear
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def product_gradients(
         torch.mul(linear(dy, part.b.T), part.scale, out=down)
         dbs.append(linear(own.T, dy.T).mul_(part.scale).T)
         if wants_dx:
-            dx = linear(dy, part.whole.T) if dx is None else dx.addmm_(dy, part.whole)
+            dx = linear(dy, part.whole.T) if dx is None else add_linear(dx, dy, part.whole.T)
     if dx is not None:
         dx.addmm_(dh, _all_a(parts))
     das = linear(dh.T, x.T).split(ranks)

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minituner.data.collate import Batch, collate, slice_of_row
+from minituner.model import matmul
 from minituner.model.attention import packed_kwargs
 
 LOGITS_BYTES = 2**26  # of one piece before a trained head, 64 MB: 341 positions of SmolLM2, 110 of Qwen2.5
@@ -130,7 +131,7 @@ def _over_words(
     mean = torch.zeros_like(hidden, dtype=torch.float32) if wanted else size
     for start in range(0, len(weight), words):
         block = weight[start : start + words]
-        logits = F.linear(hidden, block, None if bias is None else bias[start : start + words]).float()
+        logits = matmul.linear(hidden, block, None if bias is None else bias[start : start + words]).float()
         place = (target - start)[:, None]
         here = (place >= 0) & (place < len(block))
         likely = torch.where(here, logits.gather(1, place.clamp(0, len(block) - 1)), likely)
@@ -141,7 +142,7 @@ def _over_words(
         if not wanted:
             continue
         if weight.dtype == torch.float32:
-            mean.mul_(shrunk).addmm_(logits, block)
+            matmul.add_linear(mean.mul_(shrunk), logits, block.T)
         else:
             mean.mul_(shrunk).add_((logits.to(weight.dtype) @ block).float())
     return largest + size.log() - likely, mean.div_(size) if wanted else mean

@@ -15,6 +15,8 @@ Lesson: notebook 05.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch.nn import functional as F
 
@@ -39,8 +41,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x W^T + bias: x (T, in) and weight (out, in), of any strides -> (T, out)."""
     if not _for_onednn(x, weight):
         return F.linear(x, weight, bias)
-    shift = x.new_zeros(len(weight)) if bias is None else bias
-    return torch.ops.mkldnn._linear_pointwise(x, weight, shift.to_mkldnn(), "none", [], "")
+    shift = _no_bias(len(weight)) if bias is None else bias.to_mkldnn()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, shift, "none", [], "")
+
+
+def add_linear(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """y += x W^T in place, for large matrices; BLAS adds by itself, which is the better way for LoRA's thin ones."""
+    return y.add_(linear(x, weight)) if _for_onednn(x, weight) else y.addmm_(x, weight.T)
+
+
+@lru_cache(maxsize=64)
+def _no_bias(length: int) -> torch.Tensor:
+    """Zeros in oneDNN's layout; making them anew took as long as a thin product."""
+    return torch.zeros(length).to_mkldnn()
 
 
 def _for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:

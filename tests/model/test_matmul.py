@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minituner.model import matmul
-from minituner.model.matmul import choose_matmul, linear
+from minituner.model.matmul import add_linear, choose_matmul, linear
 from minituner.train.loop import train
 from tests.tiny import tiny_recipe
 
@@ -85,6 +85,23 @@ def test_it_is_the_same_product(
     assert torch.equal(y, again)
     assert torch.equal(x, kept[0])
     assert torch.equal(weight, kept[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, SIZES, SIZES, LAYOUTS, LAYOUTS, st.sampled_from(["blas", "onednn"]), st.integers(0, 99))
+def test_it_is_added_in_place(
+    rows: int, width: int, out: int, of_x: str, of_weight: str, library: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    choose_matmul(library, "cpu")
+    x, weight, y = drawn(rows, width, of_x), drawn(out, width, of_weight), torch.randn(rows, out)
+    exact = y.double() + x.double() @ weight.double().T
+    with torch.no_grad(), counted() as called:
+        assert add_linear(y, x, weight) is y
+        without = linear(torch.zeros(rows, width), weight)
+    assert bool(called) == (library == "onednn")
+    assert float((y - exact).abs().max()) <= 1e-5 * max(1.0, float(exact.abs().max()))
+    assert not without.any(), "the bias that all products share is still 0"
 
 
 def test_a_row_depends_on_no_other_row() -> None:
