@@ -7,20 +7,24 @@
     and its gradient as many again, and a few copies        the same with -sin: a turn back is the gradient of a turn
 
 Query, key and value share x, h and dx if they are fused LoRA (fused_lora.py). The attention between rotation and output
-stays what the recipe chose, with everything it is told. Equal up to rounding (1e-5, proved on the model first; tested);
-in float32 only: in half precision the model's own roundings are part of it. Layers that do more to q and k (norms), or
-turn other pairs, are left alone. Source: Su et al. 2021 (RoFormer). Lesson: notebook 05.
+is what the recipe chose, with everything it is told; on a CPU all documents' as one function (packed_attention.py).
+Equal up to rounding (1e-5, proved on the model first; tested); in float32 only: in half precision the model's own
+roundings are part of it. Layers that do more to q and k (norms), or turn other pairs, are left alone. Source: Su et al.
+2021 (RoFormer). Lesson: notebook 05.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from minituner.model.attention_kernels import per_document_sdpa
 from minituner.model.fused_lora import LoraProduct, a_and_b, parts_of
+from minituner.model.packed_attention import PackedAttention, pieces
 
 
 class Rotation(torch.autograd.Function):
@@ -86,6 +90,9 @@ def fused_rotary(kind: Any) -> Any:
         q, k, v = (x.view(*x.shape[:-1], -1, self.head_dim) for x in qkv)
         q, k = (Rotation.apply(x, *position_embeddings) for x in (q, k))
         dropout = self.attention_dropout if self.training else 0.0
+        if attends_at_once(attend, q, dropout, kwargs):
+            documents = pieces(kwargs["seq_lens"], kwargs.get("prefixes"))
+            return self.o_proj(PackedAttention.apply(q[0], k[0], v[0], documents, self.scaling)[None].flatten(2)), None
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.flatten(2)), weights
@@ -98,6 +105,12 @@ def attention_of(layer: Any) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS.get(layer.config._attn_implementation)
+
+
+def attends_at_once(attend: Any, q: torch.Tensor, dropout: float, told: Mapping[str, Any]) -> bool:
+    """Whether the documents of this row (1, N, heads, head_dim) are for `PackedAttention`."""
+    alone = attend is per_document_sdpa and q.device.type == "cpu" and len(q) == 1
+    return alone and not dropout and told.get("seq_lens") is not None
 
 
 def rotates_here(layer: Any, x: torch.Tensor, positions: Any) -> bool:

@@ -19,6 +19,7 @@ from minituner.model.attention import PER_DOCUMENT_SDPA
 from minituner.model.fused import fuse
 from minituner.model.head import find_head, probe
 from minituner.model.loading import load_model
+from minituner.model.packed_attention import SHORT
 from minituner.plan.activations import PHASES, Paper, _Alive, _notices_gradients
 from minituner.plan.cards import CARDS, find_card, parse_bytes
 from minituner.plan.experts import idle_parameters
@@ -160,8 +161,10 @@ def paper(model_folder: Path) -> Paper:
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tokens=st.integers(8, 300))
 def test_activations_grow_with_tokens_in_a_straight_line(tokens: int, paper: Paper) -> None:
-    kept = [paper.rehearse([n * tokens], tokens, gradients_there=True).kept for n in (1, 2, 3)]
-    assert kept[2] - kept[1] == kept[1] - kept[0] > 0
+    """More documents, and longer ones; of those past SHORT the attention keeps one number a head and token besides."""
+    for rows in ([[tokens] * n for n in (1, 2, 3)], [[SHORT + n * tokens] for n in (1, 2, 3)]):
+        kept = [paper.rehearse(row, tokens, gradients_there=True).kept for row in rows]
+        assert kept[2] - kept[1] == kept[1] - kept[0] > 0
 
 
 def test_a_cut_row_keeps_the_same(paper: Paper) -> None:
