@@ -36,13 +36,10 @@ class Prefixes:
     """(T,) for each token, the number of its state among the computed ones."""
     own: torch.Tensor
     """(N,) the tokens that are computed, in the order of the row."""
-    again: torch.Tensor
-    """(T - N,) the others."""
 
     def to(self, device: Any, *, non_blocking: bool = False) -> Prefixes:
         """The same on `device`."""
-        tensors = (self.rows, self.own, self.again)
-        return Prefixes(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
+        return Prefixes(*(tensor.to(device, non_blocking=non_blocking) for tensor in (self.rows, self.own)))
 
 
 def owners(documents: list[np.ndarray]) -> np.ndarray:
@@ -69,11 +66,10 @@ def share_prefixes(batch: Batch) -> Batch:
 
     ids = batch.input_ids[0].numpy()
     owner = owners(np.split(ids, np.cumsum(batch.seq_lens)[:-1]) if batch.seq_lens else [])
-    itself = owner == np.arange(len(owner))
-    own, again = itself.nonzero()[0], (~itself).nonzero()[0]
-    if len(again) <= LEAST * len(owner):
+    own = (owner == np.arange(len(owner))).nonzero()[0]
+    if len(owner) - len(own) <= LEAST * len(owner):
         return batch
-    prefixes = Prefixes(*(torch.from_numpy(array) for array in (np.searchsorted(own, owner), own, again)))
+    prefixes = Prefixes(torch.from_numpy(np.searchsorted(own, owner)), torch.from_numpy(own))
     return replace(
         batch,
         input_ids=batch.input_ids[:, prefixes.own],

@@ -19,49 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.dropout import _DropoutNd
 
 from minituner.data.collate import Batch, collate
 from minituner.data.prefixes import Prefixes, share_prefixes
-
-# How far states may lie apart, relative to the largest: other sizes of a product add in another order.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-class LaidOut(torch.autograd.Function):
-    """Computed states (N, ...) -> those of every token of the row (T, ...)."""
-
-    @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, prefixes: Prefixes) -> torch.Tensor:
-        """states (N, heads, head_dim) -> (T, heads, head_dim)."""
-        ctx.prefixes = prefixes
-        return states.index_select(0, prefixes.rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """The gradients of a state's copies, added up."""
-        rows, own, again = ctx.prefixes.rows, ctx.prefixes.own, ctx.prefixes.again
-        gradient = upstream.index_select(0, own)
-        return gradient.index_add_(0, rows[again], upstream.index_select(0, again)), None
-
-
-class PickedOut(torch.autograd.Function):
-    """States of every token of the row (T, ...) -> those that are computed (N, ...)."""
-
-    @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, prefixes: Prefixes) -> torch.Tensor:
-        """states (T, heads, head_dim) -> (N, heads, head_dim)."""
-        ctx.prefixes = prefixes
-        return states.index_select(0, prefixes.own)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """The copies were not looked at, so their gradient is 0."""
-        gradient = upstream.new_zeros(len(ctx.prefixes.rows), *upstream.shape[1:])
-        return gradient.index_copy_(0, ctx.prefixes.own, upstream), None
 
 
 def over_whole_row(attend: Callable[..., tuple[torch.Tensor, None]]) -> Callable[..., tuple[torch.Tensor, None]]:
@@ -80,9 +41,10 @@ def over_whole_row(attend: Callable[..., tuple[torch.Tensor, None]]) -> Callable
     ) -> tuple[torch.Tensor, None]:
         if prefixes is None:
             return attend(module, query, key, value, attention_mask, **options)
-        whole = (LaidOut.apply(x[0].transpose(0, 1), prefixes).transpose(0, 1)[None] for x in (query, key, value))
+        # As rows (N, heads, head_dim), which is how they lie in memory.
+        whole = (x[0].transpose(0, 1).index_select(0, prefixes.rows).transpose(0, 1)[None] for x in (query, key, value))
         out, weights = attend(module, *whole, attention_mask, **options)
-        return PickedOut.apply(out[0], prefixes)[None], weights
+        return out[0].index_select(0, prefixes.own)[None], weights
 
     return attended
 
@@ -95,6 +57,8 @@ def proved(model: torch.nn.Module, states: Callable[[Batch], torch.Tensor], devi
         model: in training mode.
         states: its computed states of a row, (N, width).
     """
+    from minituner.model.fused import TOLERANCE  # whose layers call the attention that is wrapped here
+
     if any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in model.modules()):
         return False  # that of adapters cannot be seen before the first step: their B is 0
     beginning = np.arange(5)

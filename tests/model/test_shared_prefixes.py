@@ -16,7 +16,7 @@ from minituner.model.adapters import apply_method
 from minituner.model.fused import KINDS, fuse
 from minituner.model.head import find_head, probe
 from minituner.model.loss import loss_sum, states
-from minituner.model.shared_prefixes import LaidOut, PickedOut, over_whole_row, proved
+from minituner.model.shared_prefixes import over_whole_row, proved
 from minituner.recipe import MethodSection
 from minituner.train.loop import train
 from tests.model import stand_ins
@@ -99,10 +99,14 @@ def test_by_the_kernel_for_gpus() -> None:
 def test_gradients_of_laying_out_and_picking_out() -> None:
     prefixes = share_prefixes(row_of((5, 4, 3), 2)).prefixes
     assert prefixes is not None
-    states = torch.randn(len(prefixes.own), 2, 3, dtype=torch.float64, requires_grad=True)
-    whole = torch.randn(len(prefixes.rows), 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: LaidOut.apply(x, prefixes), (states,))
-    assert torch.autograd.gradcheck(lambda x: PickedOut.apply(x, prefixes), (whole,))
+    place = torch.arange(1.0, 1.0 + len(prefixes.rows))[:, None, None]
+
+    def attend(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> Any:
+        """Other at every place of the whole row, so that a state's copies have other gradients."""
+        return ((q * k).transpose(1, 2) * place + v.transpose(1, 2)), None
+
+    qkv = [torch.randn(1, 2, len(prefixes.own), 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *x: over_whole_row(attend)(torch.nn.Module(), *x, prefixes=prefixes)[0], qkv)
 
 
 def states_of(model: Any) -> Any:
