@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from minituner.home import home
 from tests.tiny import tiny_folder, write_chats
+
+# What a test says must not depend on how busy the machine is.
+settings.register_profile("minituner", deadline=None)
+settings.load_profile("minituner")
 
 
 @pytest.fixture(scope="session", autouse=True)
