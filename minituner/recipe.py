@@ -179,6 +179,9 @@ class TrainSection(Section):
     keep_memory: bool = Field(
         True, description="On a CPU, keep a step's memory for the next one instead of handing it back to the system."
     )
+    cut_tails: bool = Field(
+        True, description="Do not compute what stands behind a document's last target: no loss depends on it."
+    )
     share_prefixes: bool = Field(
         True, description="Compute what documents of a pack begin alike with once, such as a system prompt."
     )

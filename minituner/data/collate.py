@@ -38,7 +38,8 @@ class Batch:
 
     `seq_lens` are the lengths that attention keeps apart; `supervised_tokens` counts targets and `tokens` the real
     ones, both among this batch's own (1, T): a slice keeps the borders of the whole row, see `slice_of_row`. Where
-    documents begin alike, `prefixes` says which tokens `input_ids` and `position_ids` (1, N) still hold (prefixes.py).
+    documents begin alike, `prefixes` says which tokens `input_ids` and `position_ids` (1, N) still hold (prefixes.py);
+    where tails were cut (tails.py), no tensor holds them, and `tokens` counts them all the same.
     """
 
     input_ids: torch.Tensor
@@ -53,7 +54,7 @@ class Batch:
     @property
     def computed_tokens(self) -> int:
         """Those that the model computes."""
-        return self.tokens if self.prefixes is None else self.input_ids.shape[1]
+        return min(self.tokens, self.input_ids.shape[1])  # a slice of a padded row holds more than its real ones
 
     def to(self, device: Any) -> Batch:
         """The same batch with its tensors on `device`."""

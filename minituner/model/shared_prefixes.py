@@ -6,9 +6,8 @@
 
     backward     gradients of laid-out copies add up in the state that they were copied from
 
-Which tokens those are is decided in data/prefixes.py. It is used after a proof on the model itself, in training mode:
-where each copy would draw a dropout of its own, or where layers look at their neighbours by something else than
-attention, the two sides differ and every token is computed. Lesson: notebook 04.
+Which tokens those are is decided in data/prefixes.py. It is used after a proof on the model itself (fewer_tokens.py).
+Lesson: notebook 04.
 """
 
 from __future__ import annotations
@@ -17,12 +16,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn.modules.dropout import _DropoutNd
 
-from minituner.data.collate import Batch, collate
-from minituner.data.prefixes import Prefixes, share_prefixes
+from minituner.data.prefixes import Prefixes
 
 
 def over_whole_row(attend: Callable[..., tuple[torch.Tensor, None]]) -> Callable[..., tuple[torch.Tensor, None]]:
@@ -47,27 +43,3 @@ def over_whole_row(attend: Callable[..., tuple[torch.Tensor, None]]) -> Callable
         return out[0].index_select(0, prefixes.own)[None], weights
 
     return attended
-
-
-@torch.no_grad()
-def proved(model: torch.nn.Module, states: Callable[[Batch], torch.Tensor], device: torch.device | str) -> bool:
-    """True if the model's states are the same whether beginnings are computed once or each time.
-
-    Args:
-        model: in training mode.
-        states: its computed states of a row, (N, width).
-    """
-    from minituner.model.fused import TOLERANCE  # whose layers call the attention that is wrapped here
-
-    if any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in model.modules()):
-        return False  # that of adapters cannot be seen before the first step: their B is 0
-    beginning = np.arange(5)
-    documents = [np.concatenate([beginning, np.arange(n) + first]) for n, first in ((4, 7), (1, 3), (6, 1))]
-    row = collate([[(ids, ids) for ids in documents]])
-    shared = share_prefixes(row)
-    assert shared.prefixes is not None
-    with torch.random.fork_rng():
-        every = states(row.to(device))
-        once = states(shared.to(device))[shared.prefixes.rows.to(device)]
-    apart = float((once.float() - every.float()).abs().max())
-    return apart <= TOLERANCE.get(every.dtype, 0.0) * float(every.abs().max())

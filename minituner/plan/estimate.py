@@ -234,11 +234,12 @@ class Plans:
         if work.tokens is None:
             return None
         recompute = recompute and recipe.train.activation_checkpointing
-        tokens = work.computed if self._shares_prefixes(recipe) else work.tokens
-        return self._paper(recipe).flops.of(tokens, work.supervised, work.pairs, recompute=recompute)
+        fewer = self._computes_fewer(recipe)
+        tokens, pairs = (work.computed, work.computed_pairs) if fewer else (work.tokens, work.pairs)
+        return self._paper(recipe).flops.of(tokens, work.supervised, pairs, recompute=recompute)
 
-    def _shares_prefixes(self, recipe: Recipe) -> bool:
-        """Whether a run would; on a GPU that depends on the kernel found there, and the plan counts every token."""
+    def _computes_fewer(self, recipe: Recipe) -> bool:
+        """Whether a run would share prefixes; on a GPU that is the kernel's matter, and the plan counts every token."""
         packed = recipe.data.packing != "none" or recipe.train.per_device_batch_size > 1
         alike = not recipe.method.lora_dropout and recipe.data.isolate_documents
         whole = recipe.distributed.sequence_parallel_size == 1

@@ -20,6 +20,7 @@ from minituner.data.collate import collate
 from minituner.data.packing import Pieces
 from minituner.data.prefixes import share_prefixes
 from minituner.data.prepare import Prepared, prepare
+from minituner.data.tails import cut_tails
 from minituner.errors import MinitunerError, SourceError
 from minituner.model.loading import load_tokenizer
 from minituner.model.sources import SOURCES, fetch
@@ -53,9 +54,11 @@ class Workload:
     steps: int | None = None
     tokens: float | None = None
     computed: float | None = None
-    """Tokens, where beginnings that a pack's documents share are computed once (data/prefixes.py)."""
+    """Tokens, where beginnings that a pack's documents share are computed once, and their tails not at all."""
     supervised: float | None = None
     pairs: float | None = None
+    computed_pairs: float | None = None
+    """(query, key) pairs of attention (`causal_pairs`): of all tokens, and without tails."""
     note: str = ""
 
 
@@ -116,21 +119,30 @@ def workload_of(recipe: Recipe, folder: Path, world_size: int, say: Callable[[st
     tokens = sum(map(sum, lengths))
     shares = prepared.ledger
     supervised = tokens * shares.trained / max(1, int(np.sum(prepared.dataset.data.column("length").to_numpy())))
+    tokens_left, pairs_left = _computed_shares(prepared, recipe)
     return Workload(
         _fullest(prepared, recipe, lengths),
         feed.total_steps,
         epochs * tokens,
-        epochs * tokens * _computed_share(prepared),
+        epochs * tokens * tokens_left,
         epochs * supervised,
         epochs * pairs,
+        epochs * pairs * pairs_left,
     )
 
 
-def _computed_share(prepared: Prepared) -> float:
-    """The share of tokens that are computed where packs share their beginnings; of LOOKED_AT packs over the whole."""
+def _computed_shares(prepared: Prepared, recipe: Recipe) -> tuple[float, float]:
+    """The shares of tokens and of attention's pairs that are computed where packs share their beginnings.
+
+    Of LOOKED_AT packs over the whole, without tails if the recipe cuts them.
+    """
     some = np.unique(np.linspace(0, len(prepared.packs) - 1, min(LOOKED_AT, len(prepared.packs))).astype(int))
-    rows = [collate([prepared.documents(int(n))]) for n in some]
-    return sum(share_prefixes(row).computed_tokens for row in rows) / max(1, sum(row.tokens for row in rows))
+    rows = [collate([prepared.documents(int(n))], isolate=recipe.data.isolate_documents) for n in some]
+    fewer = [share_prefixes(cut_tails(row) if recipe.train.cut_tails else row) for row in rows]
+    return (
+        sum(row.computed_tokens for row in fewer) / max(1, sum(row.tokens for row in rows)),
+        sum(causal_pairs(row.seq_lens) for row in fewer) / max(1, sum(causal_pairs(row.seq_lens) for row in rows)),
+    )
 
 
 def _packs(prepared: Prepared) -> list[list[range]]:

@@ -45,7 +45,7 @@ class Evaluation:
         held_out = run.prepared.held_out
         self.feed = Feed(held_out, _in_order(run.recipe), run.engine.rank, run.engine.world_size) if held_out else None
         if self.feed is not None:
-            self.feed.share_prefixes = run.feed.share_prefixes
+            self.feed.cut_tails, self.feed.share_prefixes = run.feed.cut_tails, run.feed.share_prefixes
 
     def due(self) -> bool:
         """Whether to measure after this step."""

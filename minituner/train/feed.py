@@ -20,6 +20,7 @@ from minituner.data.collate import Batch, collate, slice_of_row
 from minituner.data.order import batches
 from minituner.data.prefixes import share_prefixes
 from minituner.data.prepare import Prepared
+from minituner.data.tails import cut_tails
 from minituner.errors import UsageError
 from minituner.recipe import Recipe
 
@@ -37,7 +38,7 @@ class Feed:
         per_rank = math.ceil(len(prepared.packs) / (train.per_device_batch_size * self.data_world_size))
         self.steps_per_epoch = math.ceil(per_rank / train.gradient_accumulation_steps)
         self.total_steps = train.max_steps or math.ceil(train.num_epochs * self.steps_per_epoch)
-        self.share_prefixes = False
+        self.cut_tails = self.share_prefixes = False  # set after their proofs on the model (run.py)
         self._epoch, self._batches = -1, []
         if not self.steps_per_epoch:
             raise UsageError("there are no packs to train on", next_command="minituner inspect")
@@ -66,6 +67,8 @@ class Feed:
         rows = (collate([self.prepared.documents(n) for n in numbers], isolate=isolate) for numbers in self.packs(step))
         if self.parts > 1:
             rows = (slice_of_row(row, self.part, self.parts) for row in rows)
-        elif self.share_prefixes:
-            rows = (share_prefixes(row) for row in rows)
+        if self.cut_tails:
+            rows = map(cut_tails, rows)
+        if self.share_prefixes:
+            rows = map(share_prefixes, rows)
         return [to_device(row) for row in rows]

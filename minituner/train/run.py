@@ -12,17 +12,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minituner.data.collate import Batch
 from minituner.data.encoding import encode_prompt, stop_rule
 from minituner.data.prepare import Prepared, prepare
 from minituner.errors import MinitunerError, UsageError
 from minituner.model.adapters import apply_method, count_parameters
-from minituner.model.attention import OURS, assert_isolated
+from minituner.model.attention import FLASH, OURS, assert_isolated
 from minituner.model.compiled import compile_regions
+from minituner.model.fewer_tokens import prefixes_proved, tails_proved
 from minituner.model.fingerprint import fingerprint
 from minituner.model.fused import fuse
 from minituner.model.generate import answer_text, generate
@@ -31,7 +34,6 @@ from minituner.model.loading import load_model, load_tokenizer
 from minituner.model.loss import states
 from minituner.model.matmul import choose_matmul
 from minituner.model.residual import restore_start
-from minituner.model.shared_prefixes import proved
 from minituner.model.sources import fetch
 from minituner.recipe import Recipe
 from minituner.train import checkpoint, sequence_parallel
@@ -164,6 +166,8 @@ def set_up(
         say(compile_regions(model, device))
     run.head, how = find_head(model, attention, probe(feed.part, feed.parts).to(engine.device))
     say(how)
+    feed.cut_tails, how = cut_tails_of(run)
+    say(how)
     feed.share_prefixes, how = share_prefixes_of(run)
     say(how)
     if ranks.together:
@@ -185,16 +189,31 @@ def prove_isolated(model: Any, attention: str, vocab_size: int, say: Say) -> Non
     say(f"isolation proved on this model: changing a packed document moves its neighbour's logits by {moved}")
 
 
+def cut_tails_of(run: Run) -> tuple[bool, str]:
+    """Whether what stands behind a document's last target is left out, and a sentence that says why."""
+    if not run.recipe.train.cut_tails:
+        return False, "tails: computed like everything else (train.cut_tails=false)"
+    if run.feed.parts > 1:
+        return False, "tails: computed like everything else, as ranks share rows"
+    packed = run.attention in (*OURS, *FLASH)
+    if not tails_proved(run.model, partial(_states, run), run.engine.device, packed=packed):
+        return False, "tails: computed like everything else, as this model looks ahead"
+    return True, "tails: what stands behind a document's last target is not computed, proved to change nothing here"
+
+
 def share_prefixes_of(run: Run) -> tuple[bool, str]:
     """Whether beginnings that documents of a pack have in common are computed once, and a sentence that says why."""
     if not run.recipe.train.share_prefixes:
         return False, "prefixes: each document computes its own (train.share_prefixes=false)"
     if run.attention not in OURS or run.feed.parts > 1:
         return False, f"prefixes: each document computes its own, as attention {run.attention} cannot lay them out"
-
-    if not proved(run.model, lambda row: states(run.engine.model, row, run.attention, run.head), run.engine.device):
+    if not prefixes_proved(run.model, partial(_states, run), run.engine.device):
         return False, "prefixes: each document computes its own, as on this model the two differ (dropout, for one)"
     return True, "prefixes: what documents of a pack begin alike with is computed once, proved equal on this model"
+
+
+def _states(run: Run, row: Batch) -> torch.Tensor:
+    return states(run.engine.model, row, run.attention, run.head)
 
 
 def engine_for(recipe: Recipe, device: str, ranks: Ranks) -> Engine:

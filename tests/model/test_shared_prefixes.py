@@ -13,10 +13,11 @@ from minituner.data.collate import Batch, collate
 from minituner.data.prefixes import share_prefixes
 from minituner.model import attention
 from minituner.model.adapters import apply_method
+from minituner.model.fewer_tokens import prefixes_proved
 from minituner.model.fused import KINDS, fuse
 from minituner.model.head import find_head, probe
 from minituner.model.loss import loss_sum, states
-from minituner.model.shared_prefixes import over_whole_row, proved
+from minituner.model.shared_prefixes import over_whole_row
 from minituner.recipe import MethodSection
 from minituner.train.loop import train
 from tests.model import stand_ins
@@ -124,7 +125,7 @@ def test_dropout_fails_the_proof_and_draws_nothing_from_the_run(dropout: float) 
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     before = torch.get_rng_state()
-    assert proved(model, states_of(model), "cpu") == (dropout == 0.0)
+    assert prefixes_proved(model, states_of(model), "cpu") == (dropout == 0.0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -134,7 +135,7 @@ def test_dropout_before_the_first_step_fails_it_too() -> None:
     model = tiny_model()
     model.set_attn_implementation("per_document_sdpa")
     model = apply_method(model, MethodSection(name="lora", lora_rank=4, lora_dropout=0.5)).train()
-    assert not proved(model, states_of(model), "cpu")
+    assert not prefixes_proved(model, states_of(model), "cpu")
 
 
 def test_layers_that_look_at_their_neighbours_fail_it() -> None:
@@ -143,7 +144,7 @@ def test_layers_that_look_at_their_neighbours_fail_it() -> None:
     model = tiny_model().train()
     model.set_attn_implementation("per_document_sdpa")
     model.model.layers[0].mlp.register_forward_hook(lambda layer, given, out: out + 0.1 * out.roll(1, dims=1))
-    assert not proved(model, states_of(model), "cpu")
+    assert not prefixes_proved(model, states_of(model), "cpu")
 
 
 def test_an_attention_function_that_is_told_nothing_is_as_it_was() -> None:
@@ -164,7 +165,7 @@ def test_a_run_learns_the_same(model_folder: Path, own_home: Path, tmp_path: Pat
             model_folder,
             data,
             data={"max_length": 512, "system": SYSTEM, "holdout": 0.2},
-            train={"max_steps": 4, "share_prefixes": share, "learning_rate": 1e-3},
+            train={"max_steps": 4, "share_prefixes": share, "cut_tails": False, "learning_rate": 1e-3},
             evaluate={"every_steps": 2},
         )
         runs.append(train(recipe, tmp_path / str(share), progress=False, say=said.append))
@@ -192,7 +193,7 @@ def test_it_says_why_not(
 ) -> None:
     said: list[str] = []
     recipe = tiny_recipe(model_folder, chats, **sections)
-    recipe.train.max_steps = 1
+    recipe.train.max_steps, recipe.train.cut_tails = 1, False
     result = train(recipe, tmp_path / "w", progress=False, say=said.append)
     assert any(line.startswith("prefixes: each document computes its own") and why in line for line in said)
     assert result.metrics[0]["computed_tokens"] == result.metrics[0]["tokens"]
