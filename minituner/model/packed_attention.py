@@ -2,15 +2,15 @@
 
     autograd, document by document                       one function
     split q, k, v; one kernel each; join the outputs     outputs are written into one tensor, gradients too
-    kept: each output, and the joined one                kept: the joined one
+    kept: each output, and the joined one                kept: the joined one, and weights of short documents
 
 Where documents share a beginning (data/prefixes.py), its keys and values are read where they were computed:
 
     row          S S S a b | S S S c         document 2 reads keys and values of rows 0 1 2 and 5, and writes row 5
     computed     0 1 2 3 4   5               its gradients of rows 0 1 2 are added to those of document 1
 
-    a short document     its table of scores written out, for its own queries only, and again in the backward pass;
-                         heads that share a key are one matrix of queries, so their gradients add up in the product
+    a short document     its table of weights written out and kept, for its own queries only; heads that share a key
+                         are one matrix of queries, so their gradients add up in the product
     a long one           the CPU kernel behind torch's scaled_dot_product_attention; queries of a shared beginning run
                          along (the kernel wants as many as keys), with gradients of 0
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -48,10 +49,14 @@ class Piece:
         return 0 if self.shared is None else len(self.shared)
 
     @property
+    def new(self) -> int:
+        """How many rows are its own."""
+        return self.own.stop - self.own.start
+
+    @property
     def short(self) -> bool:
         """Whether its table of scores is small enough to be written out."""
-        new = self.own.stop - self.own.start
-        return new * (new + self.before) <= SHORT**2
+        return self.new * (self.new + self.before) <= SHORT**2
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """x (N, ...) -> the document's rows (n, ...), without a copy where it shares nothing."""
@@ -93,16 +98,17 @@ class PackedAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Sequence[Piece], scale: float
     ) -> torch.Tensor:
         """q (N, heads, D), k and v (N, key_value_heads, D) -> (N, heads, D)."""
-        out, sizes = torch.empty_like(q, memory_format=torch.contiguous_format), []
+        out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), []
         for document in documents:
             if document.short:
-                weights, *_, values = _written_out(document, q, k, v, scale)
-                out[document.own] = _unstacked(torch.bmm(weights, values), q.shape[1])
+                queries, keys, values = _written_out(document, q, k, v)
+                kept.append(_weights(torch.bmm(queries, keys.transpose(1, 2)).mul_(scale), document.new))
+                out[document.own] = _unstacked(torch.bmm(kept[-1], values), q.shape[1])
                 continue
             one, size = KERNEL(*_as_batch(*map(document.of, (q, k, v))), 0.0, True, scale=scale)
             out[document.own] = _as_rows(one)[document.before :]
-            sizes.append(size)
-        ctx.save_for_backward(q, k, v, out, *sizes)
+            kept.append(size)
+        ctx.save_for_backward(q, k, v, out, *kept)
         ctx.documents, ctx.scale = documents, scale
         return out
 
@@ -110,40 +116,43 @@ class PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients of q, k and v."""
-        q, k, v, out, *sizes = ctx.saved_tensors
+        q, k, v, out, *kept = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        left = iter(sizes)
-        for document in ctx.documents:
+        for document, saved in zip(ctx.documents, kept, strict=True):
             if document.short:
-                weights, queries, keys, values = _written_out(document, q, k, v, ctx.scale)
+                queries, keys, values = _written_out(document, q, k, v)
                 given = _stacked(upstream[document.own], k.shape[1])
                 of_weights = torch.bmm(given, values.transpose(1, 2))
-                of_scores = torch._softmax_backward_data(of_weights, weights, -1, q.dtype).mul_(ctx.scale)
+                of_scores = torch._softmax_backward_data(of_weights, saved, -1, q.dtype).mul_(ctx.scale)
                 dq[document.own] = _unstacked(torch.bmm(of_scores, keys), q.shape[1])
-                for total, pair in ((dk, (of_scores, queries)), (dv, (weights, given))):
+                for total, pair in ((dk, (of_scores, queries)), (dv, (saved, given))):
                     document.add(total, torch.bmm(pair[0].transpose(1, 2), pair[1]).transpose(0, 1))
                 continue
             batch = _as_batch(*map(document.of, (q, k, v)))
             given, made = (_as_heads(document.behind_zeros(x), k.shape[1]) for x in (upstream, out))
-            of_q, of_k, of_v = GRADIENT(given, *batch, made, next(left), 0.0, True, scale=ctx.scale)
+            of_q, of_k, of_v = GRADIENT(given, *batch, made, saved, 0.0, True, scale=ctx.scale)
             dq[document.own] = _as_rows(of_q)[document.before :]
             for total, part in ((dk, of_k), (dv, of_v)):
                 document.add(total, part.sum(1).transpose(0, 1))  # heads that share a key
         return dq, dk, dv, None, None
 
 
-def _written_out(
-    document: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, ...]:
-    """Attention weights (groups, heads of a group * m, n) of m own queries, and stacked queries, keys and values."""
-    groups = k.shape[1]
-    queries = _stacked(q[document.own], groups)
-    keys, values = (document.of(x).transpose(0, 1) for x in (k, v))
-    n = keys.shape[1]
-    scores = torch.bmm(queries, keys.transpose(1, 2))
-    later = torch.full((n, n), -torch.inf, dtype=q.dtype).triu_(1)[document.before :]
-    scores.view(groups, -1, n - document.before, n).mul_(scale).add_(later)
-    return scores.softmax(-1), queries, keys, values
+def _written_out(document: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of m own queries, stacked: (groups, heads of a group * m, D); of n keys and values: (groups, n, D)."""
+    return _stacked(q[document.own], k.shape[1]), *(document.of(x).transpose(0, 1) for x in (k, v))
+
+
+def _weights(scores: torch.Tensor, own: int) -> torch.Tensor:
+    """Attention weights of scaled products (groups, heads of a group * m, n); the m own queries are the last of n."""
+    n = scores.shape[-1]
+    scores.view(len(scores), -1, own, n).add_(_later(own, n, scores.dtype))
+    return scores.softmax(-1)
+
+
+@lru_cache(maxsize=SHORT)
+def _later(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """(m, n): -inf where a token stands behind the one that asks, else 0; at most SHORT squared numbers."""
+    return torch.full((m, n), -torch.inf, dtype=dtype).triu_(n - m + 1)
 
 
 def _stacked(x: torch.Tensor, groups: int) -> torch.Tensor:

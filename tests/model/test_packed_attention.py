@@ -82,6 +82,16 @@ def test_gradients_of_the_formula(short: int, monkeypatch: pytest.MonkeyPatch) -
     assert torch.autograd.gradcheck(lambda q, k, v: PackedAttention.apply(q, k, v, documents, 0.5), qkv)
 
 
+@pytest.mark.parametrize(("own", "n"), [(1, 1), (4, 4), (3, 7), (8, 2008)])
+def test_the_mask_is_as_small_as_the_table_of_weights(own: int, n: int) -> None:
+    """A few own tokens behind a long shared beginning need a few rows of it."""
+    mask = packed_attention._later(own, n, torch.float32)
+    assert mask.shape == (own, n)
+    visible = torch.arange(n)[None] <= torch.arange(n - own, n)[:, None]
+    assert torch.equal(mask == 0, visible)
+    assert (mask[~visible] == -torch.inf).all()
+
+
 @pytest.mark.parametrize("short", [0, 128])
 def test_another_document_changes_exactly_nothing(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_attention, "SHORT", short)
