@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -145,14 +144,9 @@ def _written_out(document: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 def _weights(scores: torch.Tensor, own: int) -> torch.Tensor:
     """Attention weights of scaled products (groups, heads of a group * m, n); the m own queries are the last of n."""
     n = scores.shape[-1]
-    scores.view(len(scores), -1, own, n).add_(_later(own, n, scores.dtype))
+    later = torch.full((own, n), -torch.inf, dtype=scores.dtype).triu_(n - own + 1)
+    scores.view(len(scores), -1, own, n).add_(later)
     return scores.softmax(-1)
-
-
-@lru_cache(maxsize=SHORT)
-def _later(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
-    """(m, n): -inf where a token stands behind the one that asks, else 0; at most SHORT squared numbers."""
-    return torch.full((m, n), -torch.inf, dtype=dtype).triu_(n - m + 1)
 
 
 def _stacked(x: torch.Tensor, groups: int) -> torch.Tensor:

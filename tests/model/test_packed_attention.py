@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minituner.data.collate import Batch, collate
 from minituner.data.prefixes import share_prefixes
@@ -19,6 +20,18 @@ from minituner.model.packed_attention import PackedAttention, pieces
 from minituner.train.loop import train
 from tests.promises.common import TOLERANCE
 from tests.tiny import tiny_recipe
+
+
+class MostBytes(TorchDispatchMode):
+    """Within: the largest tensor that an operation returns."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.most = max(self.most, result.nbytes if isinstance(result, torch.Tensor) else 0)
+        return result
+
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=24), min_size=1, max_size=6)
 
@@ -83,13 +96,18 @@ def test_gradients_of_the_formula(short: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("own", "n"), [(1, 1), (4, 4), (3, 7), (8, 2008)])
-def test_the_mask_is_as_small_as_the_table_of_weights(own: int, n: int) -> None:
-    """A few own tokens behind a long shared beginning need a few rows of it."""
-    mask = packed_attention._later(own, n, torch.float32)
-    assert mask.shape == (own, n)
-    visible = torch.arange(n)[None] <= torch.arange(n - own, n)[:, None]
-    assert torch.equal(mask == 0, visible)
-    assert (mask[~visible] == -torch.inf).all()
+def test_a_query_weighs_what_stands_before_it_and_itself(own: int, n: int) -> None:
+    weights = packed_attention._weights(torch.zeros(2, 3 * own, n), own).view(2, 3, own, n)
+    seen = torch.arange(n - own, n) + 1  # by each of the last `own` tokens of n
+    expected = (torch.arange(n)[None] < seen[:, None]) / seen[:, None]
+    assert torch.allclose(weights, expected.expand_as(weights))
+
+
+def test_a_few_tokens_behind_a_long_beginning_need_a_few_rows() -> None:
+    """A square mask of 8,000 tokens would take 256 MB; a thousandth of it is looked at."""
+    with MostBytes() as seen:
+        packed_attention._weights(torch.zeros(1, 2, 8000), 2)
+    assert seen.most <= 2 * 8000 * 4
 
 
 @pytest.mark.parametrize("short", [0, 128])
