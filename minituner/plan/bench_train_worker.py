@@ -117,7 +117,7 @@ def serve(commands: TextIO, answers: TextIO, folder: Path) -> None:
         print(line, file=sys.stderr, flush=True)
 
     steps = Steps(json.loads(commands.readline())["recipe"], folder, say)
-    kept = [line for line in said if line.startswith(("fused", "train.compile", "loss:", "prefixes:"))]
+    kept = [line for line in said if line.startswith(("fused", "train.compile", "loss:", "tails:", "prefixes:"))]
     answer({**steps.facts(), "notes": kept})
     known = {"step": steps.step, "gemm": steps.gemm}
     for line in commands:

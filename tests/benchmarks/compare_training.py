@@ -50,6 +50,7 @@ VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "without fused rotary": (["train.fused=[lora, swiglu, norm]"], {}),
     "nothing fused": (["train.fused=[]"], {}),
     "without shared prefixes": (["train.share_prefixes=false"], {}),
+    "without cut tails": (["train.cut_tails=false"], {}),
     "huge pages": ([], {"THP_MEM_ALLOC_ENABLE": "1"}),
     "compiled too": (["train.compile=true"], {}),
     "qlora": (["method.name=qlora"], {}),
