@@ -155,28 +155,38 @@ def test_an_attention_function_that_is_told_nothing_is_as_it_was() -> None:
     assert torch.equal(over_whole_row(attend)(torch.nn.Module(), q, q, q)[0], q.transpose(1, 2))
 
 
-def test_a_run_learns_the_same(model_folder: Path, own_home: Path, tmp_path: Path) -> None:
-    """Every loss, gradient and held-out loss of a run, with it and without; and what it computed."""
-    data = write_chats(tmp_path / "chats.jsonl", 40)
+def same_runs(setting: str, proof: str, folder: Path, model_folder: Path, **data: Any) -> tuple[Any, Any]:
+    """A run with `train.<setting>` and one without, alone of those that save tokens: each step learned the same."""
+    chats = write_chats(folder / "chats.jsonl", 40)
     runs = []
-    for share in (True, False):
+    for wanted in (True, False):
         said: list[str] = []
         recipe = tiny_recipe(
             model_folder,
-            data,
-            data={"max_length": 512, "system": SYSTEM, "holdout": 0.2},
-            train={"max_steps": 4, "share_prefixes": share, "cut_tails": False, "learning_rate": 1e-3},
+            chats,
+            data={"max_length": 512, "system": SYSTEM, "holdout": 0.2, **data},
+            train={"max_steps": 4, "share_prefixes": False, "cut_tails": False, "learning_rate": 1e-3}
+            | {setting: wanted},
             evaluate={"every_steps": 2},
         )
-        runs.append(train(recipe, tmp_path / str(share), progress=False, say=said.append))
-        assert any("computed once, proved equal on this model" in line for line in said) == share
+        runs.append(train(recipe, folder / str(wanted), progress=False, say=said.append))
+        assert any(proof in line for line in said) == wanted
+        assert any(f"train.{setting}=false" in line for line in said) != wanted
     on, off = runs
     for ours, theirs in zip(on.metrics, off.metrics, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["supervised_tokens"] == theirs["supervised_tokens"]
         assert ours["tokens"] == theirs["tokens"] == theirs["computed_tokens"]
-        assert ours["computed_tokens"] < 0.8 * ours["tokens"]
     assert on.eval_losses == pytest.approx(off.eval_losses, rel=1e-4)
+    return on, off
+
+
+def test_a_run_learns_the_same(model_folder: Path, own_home: Path, tmp_path: Path) -> None:
+    """Every loss, gradient and held-out loss of a run, with it and without; and what it computed."""
+    proof = "computed once, proved equal on this model"
+    on, off = same_runs("share_prefixes", proof, tmp_path, model_folder)
+    assert all(line["computed_tokens"] < 0.8 * line["tokens"] for line in on.metrics)
     assert on.summary["model_flops"] < 0.9 * off.summary["model_flops"]
 
 

@@ -20,12 +20,10 @@ from minituner.model.fused import KINDS, fuse
 from minituner.model.head import find_head, probe
 from minituner.model.loss import loss_sum, states
 from minituner.recipe import MethodSection
-from minituner.train.loop import train
 from tests.model.test_attention import ISOLATED, build, chosen
+from tests.model.test_shared_prefixes import same_runs
 from tests.promises.common import TOLERANCE, gradients, largest_difference
-from tests.tiny import tiny_model, tiny_recipe, write_chats
-
-SYSTEM = "You are a patient assistant. 你是一个耐心的助手。"
+from tests.tiny import tiny_model
 
 
 def row_with_tails() -> Batch:
@@ -119,26 +117,6 @@ def test_dropout_does_not_fail_it() -> None:
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "none"])
 def test_a_run_learns_the_same(packing: str, model_folder: Path, own_home: Path, tmp_path: Path) -> None:
     """Every loss, gradient and held-out loss of a run, with it and without; and what it computed."""
-    data = write_chats(tmp_path / "chats.jsonl", 40)
-    runs = []
-    for cut in (True, False):
-        said: list[str] = []
-        recipe = tiny_recipe(
-            model_folder,
-            data,
-            data={"max_length": 512, "system": SYSTEM, "holdout": 0.2, "packing": packing},
-            train={"max_steps": 4, "cut_tails": cut, "share_prefixes": False, "learning_rate": 1e-3},
-            evaluate={"every_steps": 2},
-        )
-        runs.append(train(recipe, tmp_path / str(cut), progress=False, say=said.append))
-        assert any("proved to change nothing" in line for line in said) == cut
-        assert any("train.cut_tails=false" in line for line in said) != cut
-    on, off = runs
-    for ours, theirs in zip(on.metrics, off.metrics, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
-        assert ours["supervised_tokens"] == theirs["supervised_tokens"]
-        assert ours["tokens"] == theirs["tokens"] == theirs["computed_tokens"]
-        assert ours["computed_tokens"] < ours["tokens"]
-    assert on.eval_losses == pytest.approx(off.eval_losses, rel=1e-4)
+    on, off = same_runs("cut_tails", "proved to change nothing", tmp_path, model_folder, packing=packing)
+    assert all(line["computed_tokens"] < line["tokens"] for line in on.metrics)
     assert on.summary["model_flops"] < off.summary["model_flops"]
