@@ -2,11 +2,11 @@
 
     autograd, part by part                          one function
     y  = x W^T                                      y  = x W^T
-    u  = (x A^T) B^T          a second output       h  = x A^T                         (T, r), small
-    v  = s * u                a third               y += s * h B^T                     added by the matrix product
+    u  = (x A^T) B^T          a second output       h  = s * x A^T                     (T, r), small
+    v  = s * u                a third               y += h B^T                         added by the matrix product
     y' = y + v                a fourth
 
-    backward: s * dy (a copy), dx in two parts      dh = s * dy B; dA = dh^T x; dB = s * dy^T h; dx = dy W + dh A
+    backward: s * dy (a copy), dx in two parts      dh = s * dy B; dA = dh^T x; dB = dy^T h; dx = dy W + dh A
 
 Layers that read the same x (query, key and value; gate and up) share what can be shared: their A are one matrix, x is
 read once for all of them, and each adds its part to the same dx.
@@ -20,17 +20,15 @@ and switching adapters work as before. Source: the idea is Unsloth's (fast_lora.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from minituner.model.matmul import add_linear, linear
+from minituner.model.matmul import products_for
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One layer: y = x W^T + b + s (x A^T) B^T; W (out, in) or its 4-bit form, b (out,), A (r, in), B (out, r)."""
 
     weight: torch.Tensor
@@ -74,12 +72,13 @@ class LoraProduct(torch.autograd.Function):
 
 
 def products(x: torch.Tensor, parts: Sequence[Part]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The outputs [(T, out)] of the parts for x (T, in), and h = x A^T (T, r of all parts together)."""
-    h = linear(x, _all_a(parts))
-    ys = []
-    for part, own in zip(parts, h.split([len(part.a) for part in parts], -1), strict=True):
-        y = linear(x, part.whole, part.bias)
-        ys.append(y.addmm_(own, part.b.T, alpha=part.scale))
+    """The outputs [(T, out)] of the parts for x (T, in), and h = s x A^T (T, r of all parts together)."""
+    by = products_for(x)
+    h = _scaled(by.linear(x, _all_a(parts)), parts)
+    ys = [
+        by.linear(x, part.whole, part.bias).addmm_(own, part.b.T)
+        for part, own in zip(parts, h.split_with_sizes(_ranks(parts), -1), strict=True)
+    ]
     return ys, h
 
 
@@ -87,17 +86,17 @@ def product_gradients(
     dys: Sequence[torch.Tensor], x: torch.Tensor, h: torch.Tensor, parts: Sequence[Part], *, wants_dx: bool
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """The gradient of x (T, in), or None if not wanted, and [dA, dB of each part], given those of the outputs."""
-    dh = torch.empty_like(h)
-    ranks = [len(part.a) for part in parts]
-    dx, dbs = None, []
-    for part, dy, own, down in zip(parts, dys, h.split(ranks, -1), dh.split(ranks, -1), strict=True):
-        torch.mul(linear(dy, part.b.T), part.scale, out=down)
-        dbs.append(linear(own.T, dy.T).mul_(part.scale).T)
+    by, ranks = products_for(x), _ranks(parts)
+    dhs, dbs, dx = [], [], None
+    for part, dy, own in zip(parts, dys, h.split_with_sizes(ranks, -1), strict=True):
+        dhs.append(by.linear(dy, part.b.T))
+        dbs.append(by.linear(own.T, dy.T).T)
         if wants_dx:
-            dx = linear(dy, part.whole.T) if dx is None else add_linear(dx, dy, part.whole.T)
+            dx = by.linear(dy, part.whole.T) if dx is None else by.add_linear(dx, dy, part.whole.T)
+    dh = _scaled(dhs[0] if len(dhs) == 1 else torch.cat(dhs, -1), parts)
     if dx is not None:
         dx.addmm_(dh, _all_a(parts))
-    das = linear(dh.T, x.T).split(ranks)
+    das = by.linear(dh.T, x.T).split_with_sizes(ranks)
     return dx, [gradient for pair in zip(das, dbs, strict=True) for gradient in pair]
 
 
@@ -115,8 +114,21 @@ def saved_parts(tensors: Sequence[torch.Tensor], others: Sequence[tuple[Any, flo
     ]
 
 
+def _ranks(parts: Sequence[Part]) -> list[int]:
+    return [part.a.shape[0] for part in parts]
+
+
 def _all_a(parts: Sequence[Part]) -> torch.Tensor:
     return parts[0].a if len(parts) == 1 else torch.cat([part.a for part in parts])
+
+
+def _scaled(h: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    """Each part's columns of h (T, r of all parts together) times its scale, in place."""
+    if len({part.scale for part in parts}) == 1:
+        return h.mul_(parts[0].scale)
+    for own, part in zip(h.split_with_sizes(_ranks(parts), -1), parts, strict=True):
+        own.mul_(part.scale)
+    return h
 
 
 def is_plain(layer: Any) -> bool:
@@ -150,30 +162,36 @@ def fused_lora(kind: Any) -> Any:
 
 def parts_of(layers: Sequence[Any], x: torch.Tensor) -> list[Part] | None:
     """What `LoraProduct` needs of layers that all read x; None unless every one is fused and does nothing else."""
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return None
     parts = []
     for layer in layers:
-        name = nothing_but_lora(layer, x) if getattr(layer, "fused", False) else None
-        if name is None:
+        part = part_of(layer, x.dtype) if getattr(layer, "fused", False) else None
+        if part is None:
             return None
-        base = layer.base_layer
-        state = getattr(base.weight, "quant_state", None)
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        parts.append(Part(base.weight, base.bias, a, b, layer.scaling[name], state))
+        parts.append(part)
     return parts
 
 
-def nothing_but_lora(layer: Any, x: torch.Tensor) -> str | None:
-    """The one active adapter's name if this call is base + scaled product and nothing else; None otherwise."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or not torch.is_grad_enabled():
+def part_of(layer: Any, dtype: torch.dtype) -> Part | None:
+    """The layer, if its call with x of this type is base + scaled product of the one active adapter and nothing else.
+
+    Asked at every call, since peft merges, disables and switches adapters in place; so everything is read once.
+    """
+    active, adapters_a = layer.active_adapters, layer.lora_A
+    if layer.disable_adapters or layer.merged or len(active) != 1:
         return None
-    name = layer.active_adapters[0]
-    if name not in layer.lora_A or name in layer.lora_variant or torch.is_autocast_enabled(x.device.type):
+    name = active[0]
+    if name not in adapters_a or name in layer.lora_variant:
         return None
-    a, b, base = layer.lora_A[name], layer.lora_B[name], layer.base_layer
-    if a.bias is not None or b.bias is not None or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
+    layer_a, layer_b, base = adapters_a[name], layer.lora_B[name], layer.base_layer
+    if layer_a.bias is not None or layer_b.bias is not None:
         return None
-    weight = base.weight
-    computes_in = base.compute_dtype if getattr(weight, "quant_state", None) is not None else weight.dtype
-    frozen = not weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
-    alike = a.weight.dtype == b.weight.dtype == x.dtype == computes_in
-    return name if frozen and alike and weight.numel() else None
+    if not isinstance(layer.lora_dropout[name], torch.nn.Identity):
+        return None
+    a, b, weight, bias = layer_a.weight, layer_b.weight, base.weight, base.bias
+    state = getattr(weight, "quant_state", None)
+    computes_in = weight.dtype if state is None else base.compute_dtype
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    alike = a.dtype == b.dtype == dtype == computes_in
+    return Part(weight, bias, a, b, layer.scaling[name], state) if frozen and alike and weight.numel() else None

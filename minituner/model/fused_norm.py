@@ -33,8 +33,8 @@ class RmsNorm(torch.autograd.Function):
         """The gradient of x; the weight has none."""
         x, weight, r = ctx.saved_tensors
         dx = dy * weight
-        share = torch.linalg.vecdot(dx, x)[..., None].mul_(r.pow(3)).div_(-x.shape[-1])
-        return dx.mul_(r).addcmul_(x, share), None, None
+        share = torch.linalg.vecdot(dx, x).unsqueeze(-1).mul_(r.pow(3))
+        return dx.mul_(r).addcmul_(x, share, value=-1 / x.shape[-1]), None, None
 
 
 def is_rms_norm(module: Any) -> bool:

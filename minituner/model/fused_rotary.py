@@ -16,7 +16,7 @@ roundings are part of it. Layers that do more to q and k (norms), or turn other 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,29 +28,36 @@ from minituner.model.packed_attention import PackedAttention, pieces
 
 
 class Rotation(torch.autograd.Function):
-    """Turn each pair (x_i, x_{i + D/2}) by its token's angle."""
+    """Turn each pair (x_i, x_{i + D/2}) by its token's angle; query and key, which turn alike, in one call."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x (..., T, heads, D), cos and sin (..., T, D) with both halves alike -> the shape of x."""
+    def forward(ctx: Any, cos: torch.Tensor, sin: torch.Tensor, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """cos and sin (..., T, D) with both halves alike, each x (..., T, heads, D) -> the shape of each x."""
         ctx.save_for_backward(cos, sin)
-        return rotated(x, cos, sin, 1.0)
+        return rotated(xs, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """The gradient of x; the angles have none."""
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of each x; the angles have none."""
         cos, sin = ctx.saved_tensors
-        return rotated(upstream, cos, sin, -1.0), None, None
+        return None, None, *rotated(upstream, cos, sin, -1.0)
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: float) -> torch.Tensor:
-    """x * cos + direction * (-second half, first half) * sin, (..., T, heads, D)."""
-    cos, sin, half = cos[..., None, :], sin[..., None, :], x.shape[-1] // 2
-    out = torch.mul(x, cos, out=x.new_empty(x.shape))
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
-    return out
+def rotated(
+    xs: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, direction: float
+) -> tuple[torch.Tensor, ...]:
+    """x * cos + direction * (-second half, first half) * sin, (..., T, heads, D), of each x."""
+    cos, (of_first, of_second) = cos.unsqueeze(-2), sin.unsqueeze(-2).chunk(2, -1)
+    outs = []
+    for x in xs:
+        first, second = x.chunk(2, -1)
+        out = torch.mul(x, cos, out=x.new_empty(x.shape))
+        into_first, into_second = out.chunk(2, -1)
+        into_first.addcmul_(second, of_first, value=-direction)
+        into_second.addcmul_(first, of_second, value=direction)
+        outs.append(out)
+    return tuple(outs)
 
 
 def is_rotary(module: Any) -> bool:
@@ -88,7 +95,7 @@ def fused_rotary(kind: Any) -> Any:
         else:
             qkv = LoraProduct.apply(parts, hidden_states, *a_and_b(parts))
         q, k, v = (x.view(*x.shape[:-1], -1, self.head_dim) for x in qkv)
-        q, k = (Rotation.apply(x, *position_embeddings) for x in (q, k))
+        q, k = Rotation.apply(*position_embeddings, q, k)
         dropout = self.attention_dropout if self.training else 0.0
         if attends_at_once(attend, q, dropout, kwargs):
             documents = pieces(kwargs["seq_lens"], kwargs.get("prefixes"))

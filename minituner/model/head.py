@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minituner.data.collate import Batch, collate, slice_of_row
-from minituner.model import matmul
 from minituner.model.attention import packed_kwargs
+from minituner.model.matmul import products_for
 
 LOGITS_BYTES = 2**26  # of one piece before a trained head, 64 MB: 341 positions of SmolLM2, 110 of Qwen2.5
 ROWS, WORDS = 1_024, 2_048  # of one block before a frozen head: 8 MB, which a CPU's cache holds; elsewhere 8 times that
@@ -129,9 +129,10 @@ def _over_words(
     largest = torch.full_like(likely, torch.finfo(torch.float32).min)
     size = torch.zeros_like(likely)
     mean = torch.zeros_like(hidden, dtype=torch.float32) if wanted else size
+    by = products_for(hidden)
     for start in range(0, len(weight), words):
         block = weight[start : start + words]
-        logits = matmul.linear(hidden, block, None if bias is None else bias[start : start + words]).float()
+        logits = by.linear(hidden, block, None if bias is None else bias[start : start + words]).float()
         place = (target - start)[:, None]
         here = (place >= 0) & (place < len(block))
         likely = torch.where(here, logits.gather(1, place.clamp(0, len(block) - 1)), likely)
@@ -142,7 +143,7 @@ def _over_words(
         if not wanted:
             continue
         if weight.dtype == torch.float32:
-            matmul.add_linear(mean.mul_(shrunk), logits, block.T)
+            by.add_linear(mean.mul_(shrunk), logits, block.T)
         else:
             mean.mul_(shrunk).add_((logits.to(weight.dtype) @ block).float())
     return largest + size.log() - likely, mean.div_(size) if wanted else mean

@@ -1,7 +1,8 @@
 """Products with frozen matrices on a CPU: by torch's BLAS (MKL), or by oneDNN, which torch brings as well.
 
-    y  = x W^T    linear(x, W)                        (T, in) with (out, in)
-    dx = dy W     linear(dy, W.T)                     the same function: a transposed view is no copy
+    by = products_for(x)                                chosen once for all products of a layer
+    y  = x W^T    by.linear(x, W)                       (T, in) with (out, in)
+    dx = dy W     by.linear(dy, W.T)                    the same function: a transposed view is no copy
 
 torch gives float32 products to MKL. On CPUs with AVX-512, AMD's above all, oneDNN is a tenth to a quarter
 faster, and more for LoRA's thin matrices; on CPUs with AVX2 the two are as fast (measured:
@@ -15,7 +16,9 @@ Lesson: notebook 05.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -23,8 +26,19 @@ from torch.nn import functional as F
 _chosen = "blas"
 
 
+class Products(NamedTuple):
+    """One library's products of matrices (T, in) and (out, in), of any strides, of one data type.
+
+    `linear(x, weight, bias)` is x W^T + bias. `add_linear(y, x, weight)` is y += x W^T in place, for large matrices:
+    BLAS adds by itself, which is the better way for LoRA's thin ones (`addmm_`).
+    """
+
+    linear: Callable[..., torch.Tensor]
+    add_linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 def choose_matmul(wanted: str, device: str) -> str:
-    """Let `linear` use "blas", "onednn", or what suits this CPU ("auto"); returns a sentence that says what was chosen.
+    """Multiply by "blas", "onednn", or what suits this CPU ("auto"); returns a sentence that says what was chosen.
 
     It holds for the whole process, until the next choice.
     """
@@ -37,17 +51,35 @@ def choose_matmul(wanted: str, device: str) -> str:
     return f"matrix products: {'oneDNN' if _chosen == 'onednn' else 'BLAS'} ({capability})"
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + bias: x (T, in) and weight (out, in), of any strides -> (T, out)."""
-    if not _for_onednn(x, weight):
-        return F.linear(x, weight, bias)
-    shift = _no_bias(len(weight)) if bias is None else bias.to_mkldnn()
+def products_for(x: torch.Tensor) -> Products:
+    """What multiplies x (T, in), and gradients like it, by matrices of its data type that are not empty.
+
+    Asked once for all products of a layer: the answer takes 20 microseconds where the CPU's caches hold weights.
+    oneDNN takes float32 numbers in memory, where nobody compiles or counts: what counts bytes knows no other layouts.
+    """
+    able = (
+        _chosen == "onednn"
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and type(x) is torch.Tensor
+        and x.numel() > 0
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.compiler.is_compiling()
+    )
+    return ONEDNN if able else BLAS
+
+
+def _linear_by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    shift = _no_bias(weight.shape[0]) if bias is None else bias.to_mkldnn()
     return torch.ops.mkldnn._linear_pointwise(x, weight, shift, "none", [], "")
 
 
-def add_linear(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """y += x W^T in place, for large matrices; BLAS adds by itself, which is the better way for LoRA's thin ones."""
-    return y.add_(linear(x, weight)) if _for_onednn(x, weight) else y.addmm_(x, weight.T)
+def _add_linear_by_onednn(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return y.add_(_linear_by_onednn(x, weight))
+
+
+def _add_linear_by_blas(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return y.addmm_(x, weight.T)
 
 
 @lru_cache(maxsize=64)
@@ -56,14 +88,5 @@ def _no_bias(length: int) -> torch.Tensor:
     return torch.zeros(length).to_mkldnn()
 
 
-def _for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Both are float32 numbers in memory, and nobody compiles or counts: what counts bytes knows no other layouts."""
-    return (
-        _chosen == "onednn"
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
-        and type(x) is torch.Tensor
-        and min(*x.shape, *weight.shape) > 0
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.compiler.is_compiling()
-    )
+BLAS = Products(F.linear, _add_linear_by_blas)
+ONEDNN = Products(_linear_by_onednn, _add_linear_by_onednn)

@@ -15,7 +15,7 @@ from minituner.data.collate import collate
 from minituner.model import attention, fused_swiglu
 from minituner.model.adapters import apply_method
 from minituner.model.fused import KINDS, fuse
-from minituner.model.fused_lora import LoraProduct, Part, a_and_b, nothing_but_lora
+from minituner.model.fused_lora import LoraProduct, Part, a_and_b, parts_of
 from minituner.model.fused_norm import RmsNorm
 from minituner.model.fused_swiglu import LoraSwiglu, SiluProduct
 from minituner.model.loss import loss_sum
@@ -85,7 +85,7 @@ def test_what_is_more_than_a_product_goes_through_peft(options: dict[str, Any]) 
     fused = copy.deepcopy(plain)
     fuse(fused, ALL)
     layer = fused.get_base_model().model.layers[0].mlp.up_proj
-    assert nothing_but_lora(layer, torch.zeros(1, 2, 32)) is None
+    assert parts_of([layer], torch.zeros(1, 2, 32)) is None
     assert_same(fused, plain)
 
 
@@ -105,8 +105,11 @@ def test_switching_off_merging_and_other_types_work_as_before() -> None:
     with plain.disable_adapter(), fused.disable_adapter():
         assert torch.allclose(logits(fused), logits(plain), rtol=0, atol=1e-5)
     layer = fused.get_base_model().model.layers[0].mlp.up_proj
-    assert nothing_but_lora(layer, torch.zeros(1, 2, 32, dtype=torch.bfloat16)) is None
-    assert nothing_but_lora(layer, torch.zeros(1, 2, 32)) == "default"
+    assert parts_of([layer], torch.zeros(1, 2, 32, dtype=torch.bfloat16)) is None
+    (part,) = parts_of([layer], torch.zeros(1, 2, 32))
+    assert (part.a, part.b) == (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    with torch.no_grad():
+        assert parts_of([layer], torch.zeros(1, 2, 32)) is None
 
 
 def test_a_layer_that_computes_something_else_is_left_alone() -> None:

@@ -25,16 +25,19 @@ from tests.tiny import tiny_model
 @given(rows=st.integers(1, 2), tokens=st.integers(1, 9), heads=st.integers(1, 4), half=st.integers(1, 5))
 def test_rotation_equals_transformers(rows: int, tokens: int, heads: int, half: int) -> None:
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, tokens, heads, 2 * half, generator=draw, dtype=torch.float64, requires_grad=True)
+    q, k = (
+        torch.randn(rows, tokens, n, 2 * half, generator=draw, dtype=torch.float64, requires_grad=True)
+        for n in (2 * heads, heads)
+    )
     angles = torch.randn(rows, tokens, half, generator=draw, dtype=torch.float64).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
-    expected, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
-    found = Rotation.apply(x, cos, sin)
-    assert torch.allclose(found, expected)
-    upstream = torch.randn(x.shape, generator=draw, dtype=torch.float64)
-    (one,), (other,) = (torch.autograd.grad(y, x, upstream) for y in (found, expected))
-    assert torch.allclose(one, other)
-    assert torch.allclose(Rotation.apply(found, cos, -sin), x), "turned back"
+    expected = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    found = Rotation.apply(cos, sin, q, k)
+    upstream = [torch.randn(x.shape, generator=draw, dtype=torch.float64) for x in (q, k)]
+    gradients = [torch.autograd.grad(ys, (q, k), upstream) for ys in (found, expected)]
+    back = Rotation.apply(cos, -sin, *found)
+    for ours, theirs in ((found, expected), gradients, (back, (q, k))):
+        assert all(torch.allclose(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[bool]:

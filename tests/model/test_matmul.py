@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minituner.model import matmul
-from minituner.model.matmul import add_linear, choose_matmul, linear
+from minituner.model.matmul import choose_matmul, products_for
 from minituner.train.loop import train
 from tests.tiny import tiny_recipe
 
@@ -42,6 +42,10 @@ def counted() -> Iterator[list[int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.mkldnn, "_linear_pointwise", product)
         yield rows
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return products_for(x).linear(x, weight)
 
 
 def drawn(rows: int, columns: int, layout: str) -> torch.Tensor:
@@ -77,8 +81,8 @@ def test_it_is_the_same_product(
     bias = torch.randn(out) if with_bias else None
     kept = x.clone(), weight.clone()
     with torch.no_grad():
-        y = linear(x, weight, bias)
-        again = linear(x, weight, bias)
+        y = products_for(x).linear(x, weight, bias)
+        again = products_for(x).linear(x, weight, bias)
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert (y.shape, y.dtype, type(y)) == ((rows, out), torch.float32, torch.Tensor)
     assert float((y - exact).abs().max()) <= 1e-5 * max(1.0, float(exact.abs().max()))
@@ -97,8 +101,9 @@ def test_it_is_added_in_place(
     x, weight, y = drawn(rows, width, of_x), drawn(out, width, of_weight), torch.randn(rows, out)
     exact = y.double() + x.double() @ weight.double().T
     with torch.no_grad(), counted() as called:
-        assert add_linear(y, x, weight) is y
-        without = linear(torch.zeros(rows, width), weight)
+        by = products_for(x)
+        assert by.add_linear(y, x, weight) is y
+        without = by.linear(torch.zeros(rows, width), weight)
     assert bool(called) == (library == "onednn")
     assert float((y - exact).abs().max()) <= 1e-5 * max(1.0, float(exact.abs().max()))
     assert not without.any(), "the bias that all products share is still 0"
@@ -111,7 +116,8 @@ def test_a_row_depends_on_no_other_row() -> None:
     other = x.clone()
     other[120:] = torch.randn(180, 96) * 100
     with torch.no_grad():
-        assert torch.equal(linear(x, weight)[:120], linear(other, weight)[:120])
+        by = products_for(x)
+        assert torch.equal(by.linear(x, weight)[:120], by.linear(other, weight)[:120])
 
 
 @pytest.mark.parametrize(
@@ -131,7 +137,7 @@ def test_the_choice_goes_by_what_the_cpu_can_do(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     said = choose_matmul(wanted, device)
     with torch.no_grad(), counted() as called:
-        linear(torch.randn(3, 4), torch.randn(5, 4))
+        product(torch.randn(3, 4), torch.randn(5, 4))
     assert bool(called) == (chosen == "onednn")
     assert ("oneDNN" in said, "cuda" in said) == (chosen == "onednn", device == "cuda")
 
@@ -139,12 +145,12 @@ def test_the_choice_goes_by_what_the_cpu_can_do(
 def test_what_onednn_cannot_take_goes_to_blas() -> None:
     choose_matmul("onednn", "cpu")
     with torch.no_grad(), counted() as called:
-        half = linear(torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 4, dtype=torch.bfloat16))
-        none = linear(torch.ones(0, 4), torch.ones(5, 4))
+        half = product(torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 4, dtype=torch.bfloat16))
+        none = product(torch.ones(0, 4), torch.ones(5, 4))
         with FakeTensorMode():
-            fake = linear(torch.ones(3, 4), torch.ones(5, 4))
+            fake = product(torch.ones(3, 4), torch.ones(5, 4))
         with Watching():
-            linear(torch.ones(3, 4), torch.ones(5, 4))
+            product(torch.ones(3, 4), torch.ones(5, 4))
     assert (half.dtype, none.shape, fake.shape, called) == (torch.bfloat16, (0, 5), (3, 5), [])
 
 
