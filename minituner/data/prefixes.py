@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LEAST = 0.02  # of a row's tokens must be repeated, or laying it out again costs more than it saves
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Prefixes:
     """Which tokens of a row (T,) are computed, and where the others find their states; int64 tensors."""
 

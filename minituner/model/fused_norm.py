@@ -22,19 +22,29 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x (..., H), weight (H,) -> (..., H)."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, r = normed(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """The gradient of x; the weight has none."""
-        x, weight, r = ctx.saved_tensors
-        dx = dy * weight
-        share = torch.linalg.vecdot(dx, x).unsqueeze(-1).mul_(r.pow(3))
-        return dx.mul_(r).addcmul_(x, share, value=-1 / x.shape[-1]), None, None
+        return norm_gradient(dy, *ctx.saved_tensors), None, None
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / rms(x) * weight (..., H), and 1 / rms(x) (..., 1), of x (..., H)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * r).mul_(weight), r
+
+
+def norm_gradient(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """The gradient of x, a new tensor, given that of the normed x, both (..., H), and r of `normed`."""
+    dx = dy * weight
+    share = torch.linalg.vecdot(dx, x).unsqueeze(-1).mul_(r.pow(3))
+    return dx.mul_(r).addcmul_(x, share, value=-1 / x.shape[-1])
 
 
 def is_rms_norm(module: Any) -> bool:
@@ -56,4 +66,6 @@ def fused_norm(kind: Any) -> Any:
             return kind.forward(self, hidden_states)
         return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": __name__})
+    return type(
+        kind.__name__, (kind,), {"forward": forward, "fused": True, "__doc__": kind.__doc__, "__module__": __name__}
+    )

@@ -99,12 +99,15 @@ def fused_rotary(kind: Any) -> Any:
         dropout = self.attention_dropout if self.training else 0.0
         if attends_at_once(attend, q, dropout, kwargs):
             documents = pieces(kwargs["seq_lens"], kwargs.get("prefixes"))
-            return self.o_proj(PackedAttention.apply(q[0], k[0], v[0], documents, self.scaling)[None].flatten(2)), None
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # x[0] would be copied into zeros on its way back
+            return self.o_proj(PackedAttention.apply(q, k, v, documents, self.scaling).flatten(1)[None]), None
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.flatten(2)), weights
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": __name__})
+    return type(
+        kind.__name__, (kind,), {"forward": forward, "fused": True, "__doc__": kind.__doc__, "__module__": __name__}
+    )
 
 
 def attention_of(layer: Any) -> Any:

@@ -50,9 +50,8 @@ class LoraSwiglu(torch.autograd.Function):
     def forward(ctx: Any, parts: Sequence[Part], x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         """x (..., H) -> (..., H); parts are gate, up and down. After x come their A and B, for autograd."""
         flat = x.reshape(-1, x.shape[-1])
-        (gate, up), h = products(flat, parts[:2])
-        (y,), h_down = products(F.silu(gate).mul_(up), parts[2:])
-        ctx.save_for_backward(flat, gate, up, h, h_down, *(part.weight for part in parts), *a_and_b(parts))
+        y, kept = swiglu(flat, parts)
+        ctx.save_for_backward(flat, *kept, *(part.weight for part in parts), *a_and_b(parts))
         ctx.parts, ctx.shape = [(part.bias, part.scale, part.quantization) for part in parts], x.shape
         return y.view(x.shape)
 
@@ -61,16 +60,31 @@ class LoraSwiglu(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         """The gradients of x and of every A and B; that of x only where something before the block is trained."""
         flat, gate, up, h, h_down, *rest = ctx.saved_tensors
-        parts = saved_parts(rest, ctx.parts)
-        active = F.silu(gate)
-        inner, of_down = product_gradients(
-            [dy.reshape(-1, dy.shape[-1])], active * up, h_down, parts[2:], wants_dx=True
-        )
-        assert inner is not None
-        du = active.mul_(inner)
-        dg = torch.ops.aten.silu_backward(inner.mul_(up), gate)
-        dx, adapters = product_gradients([dg, du], flat, h, parts[:2], wants_dx=ctx.needs_input_grad[1])
-        return None, None if dx is None else dx.view(ctx.shape), *adapters, *of_down
+        parts, dy = saved_parts(rest, ctx.parts), dy.reshape(-1, dy.shape[-1])
+        wants_dx = ctx.needs_input_grad[1]
+        dx, adapters = swiglu_gradients(dy, flat, (gate, up, h, h_down), parts, wants_dx=wants_dx)
+        return None, None if dx is None else dx.view(ctx.shape), *adapters
+
+
+def swiglu(x: torch.Tensor, parts: Sequence[Part]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """down(silu(gate(x)) * up(x)) of x (T, H), and what its gradient needs besides x: gate, up and the two h."""
+    (gate, up), h = products(x, parts[:2])
+    (y,), h_down = products(F.silu(gate).mul_(up), parts[2:])
+    return y, (gate, up, h, h_down)
+
+
+def swiglu_gradients(
+    dy: torch.Tensor, x: torch.Tensor, kept: Sequence[torch.Tensor], parts: Sequence[Part], *, wants_dx: bool
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """The gradient of x (T, H), or None if not wanted, and [dA, dB of gate, up and down]."""
+    gate, up, h, h_down = kept
+    active = F.silu(gate)
+    inner, of_down = product_gradients([dy], active * up, h_down, parts[2:], wants_dx=True)
+    assert inner is not None
+    du = active.mul_(inner)
+    dg = torch.ops.aten.silu_backward(inner.mul_(up), gate)
+    dx, adapters = product_gradients([dg, du], x, h, parts[:2], wants_dx=wants_dx)
+    return dx, [*adapters, *of_down]
 
 
 def rows_at_a_time(x: torch.Tensor, parts: Sequence[Part]) -> int:
@@ -101,4 +115,6 @@ def fused_swiglu(kind: Any) -> Any:
         done = [LoraSwiglu.apply(parts, piece, *a_and_b(parts)) for piece in pieces]
         return (done[0] if len(done) == 1 else torch.cat(done)).view(x.shape)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": __name__})
+    return type(
+        kind.__name__, (kind,), {"forward": forward, "fused": True, "__doc__": kind.__doc__, "__module__": __name__}
+    )

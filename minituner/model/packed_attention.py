@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -76,6 +77,11 @@ class Piece:
 
 def pieces(seq_lens: Sequence[int], prefixes: Prefixes | None) -> list[Piece]:
     """The documents of a row, by the lengths they have in it."""
+    return _pieces(tuple(seq_lens), prefixes)
+
+
+@lru_cache(maxsize=1)  # all layers of a model ask the same
+def _pieces(seq_lens: Sequence[int], prefixes: Prefixes | None) -> list[Piece]:
     if prefixes is None:
         ends = accumulate(seq_lens)
         return [Piece(slice(end - length, end), None) for end, length in zip(ends, seq_lens, strict=True)]
@@ -97,16 +103,7 @@ class PackedAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Sequence[Piece], scale: float
     ) -> torch.Tensor:
         """q (N, heads, D), k and v (N, key_value_heads, D) -> (N, heads, D)."""
-        out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), []
-        for document in documents:
-            if document.short:
-                queries, keys, values = _written_out(document, q, k, v)
-                kept.append(_weights(torch.bmm(queries, keys.transpose(1, 2)).mul_(scale), document.new))
-                out[document.own] = _unstacked(torch.bmm(kept[-1], values), q.shape[1])
-                continue
-            one, size = KERNEL(*_as_batch(*map(document.of, (q, k, v))), 0.0, True, scale=scale)
-            out[document.own] = _as_rows(one)[document.before :]
-            kept.append(size)
+        out, kept = attended(q, k, v, documents, scale)
         ctx.save_for_backward(q, k, v, out, *kept)
         ctx.documents, ctx.scale = documents, scale
         return out
@@ -116,24 +113,55 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients of q, k and v."""
         q, k, v, out, *kept = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        for document, saved in zip(ctx.documents, kept, strict=True):
-            if document.short:
-                queries, keys, values = _written_out(document, q, k, v)
-                given = _stacked(upstream[document.own], k.shape[1])
-                of_weights = torch.bmm(given, values.transpose(1, 2))
-                of_scores = torch._softmax_backward_data(of_weights, saved, -1, q.dtype).mul_(ctx.scale)
-                dq[document.own] = _unstacked(torch.bmm(of_scores, keys), q.shape[1])
-                for total, pair in ((dk, (of_scores, queries)), (dv, (saved, given))):
-                    document.add(total, torch.bmm(pair[0].transpose(1, 2), pair[1]).transpose(0, 1))
-                continue
-            batch = _as_batch(*map(document.of, (q, k, v)))
-            given, made = (_as_heads(document.behind_zeros(x), k.shape[1]) for x in (upstream, out))
-            of_q, of_k, of_v = GRADIENT(given, *batch, made, saved, 0.0, True, scale=ctx.scale)
-            dq[document.own] = _as_rows(of_q)[document.before :]
-            for total, part in ((dk, of_k), (dv, of_v)):
-                document.add(total, part.sum(1).transpose(0, 1))  # heads that share a key
-        return dq, dk, dv, None, None
+        return *attention_gradients(upstream, q, k, v, out, kept, ctx.documents, ctx.scale), None, None
+
+
+def attended(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Sequence[Piece], scale: float
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output (N, heads, D), and what is kept of each document: its weights if it is short, else their log sums."""
+    out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), []
+    for document in documents:
+        if document.short:
+            queries, keys, values = _written_out(document, q, k, v)
+            kept.append(_weights(torch.bmm(queries, keys.transpose(1, 2)).mul_(scale), document.new))
+            out[document.own] = _unstacked(torch.bmm(kept[-1], values), q.shape[1])
+            continue
+        one, size = KERNEL(*_as_batch(*map(document.of, (q, k, v))), 0.0, True, scale=scale)
+        out[document.own] = _as_rows(one)[document.before :]
+        kept.append(size)
+    return out, kept
+
+
+def attention_gradients(
+    upstream: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    kept: Sequence[torch.Tensor],
+    documents: Sequence[Piece],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k and v, given that of the output and what `attended` returned."""
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for document, saved in zip(documents, kept, strict=True):
+        if document.short:
+            queries, keys, values = _written_out(document, q, k, v)
+            given = _stacked(upstream[document.own], k.shape[1])
+            of_weights = torch.bmm(given, values.transpose(1, 2))
+            of_scores = torch._softmax_backward_data(of_weights, saved, -1, q.dtype).mul_(scale)
+            dq[document.own] = _unstacked(torch.bmm(of_scores, keys), q.shape[1])
+            for total, pair in ((dk, (of_scores, queries)), (dv, (saved, given))):
+                document.add(total, torch.bmm(pair[0].transpose(1, 2), pair[1]).transpose(0, 1))
+            continue
+        batch = _as_batch(*map(document.of, (q, k, v)))
+        given, made = (_as_heads(document.behind_zeros(x), k.shape[1]) for x in (upstream, out))
+        of_q, of_k, of_v = GRADIENT(given, *batch, made, saved, 0.0, True, scale=scale)
+        dq[document.own] = _as_rows(of_q)[document.before :]
+        for total, part in ((dk, of_k), (dv, of_v)):
+            document.add(total, part.sum(1).transpose(0, 1))  # heads that share a key
+    return dq, dk, dv
 
 
 def _written_out(document: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
