@@ -169,8 +169,8 @@ class TrainSection(Section):
         False,
         description="Compile the feed-forward blocks with torch.compile: a slow first step; no gain if they are fused.",
     )
-    fused: list[Literal["lora", "swiglu", "norm", "rotary"]] = Field(
-        default_factory=lambda: ["lora", "swiglu", "norm", "rotary"],
+    fused: list[Literal["lora", "swiglu", "norm", "rotary", "layer"]] = Field(
+        default_factory=lambda: ["lora", "swiglu", "norm", "rotary", "layer"],
         description="Layers computed in fewer passes over memory, each proved equal first; [] uses the libraries' own.",
     )
     cpu_matmul: Literal["auto", "blas", "onednn"] = Field(

@@ -4,6 +4,7 @@
     swiglu   the feed-forward block keeps gate and up, and no product     fused_swiglu.py
     norm     RMSNorm's two directions in four passes each                 fused_norm.py
     rotary   rotary positions in two passes, q, k and v read x once       fused_rotary.py
+    layer    all of these as one function, where a layer has them all     fused_layer.py
 
 `train.fused` lists them; [] trains with peft's and transformers' own layers. A layer is replaced in place (its class,
 not its parameters: names, checkpoints and adapters are the same files), and only after the proof on this very model
@@ -25,17 +26,20 @@ from typing import Any
 import torch
 
 from minituner.model.attention_choice import PER_DOCUMENT_SDPA
+from minituner.model.fused_layer import fused_layer, is_layer
 from minituner.model.fused_lora import fused_lora, is_plain
 from minituner.model.fused_norm import fused_norm, is_rms_norm
 from minituner.model.fused_rotary import fused_rotary, is_rotary
 from minituner.model.fused_swiglu import fused_swiglu, is_swiglu
 
-# name: which layers it is for, and the class that such a layer's class becomes
+# name: which layers it is for, and the class that such a layer's class becomes; in this order, for a whole decoder
+# layer is made of the other kinds
 KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
     "lora": (is_plain, fused_lora),
     "swiglu": (is_swiglu, fused_swiglu),
     "norm": (is_rms_norm, fused_norm),
     "rotary": (is_rotary, fused_rotary),
+    "layer": (is_layer, fused_layer),
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative to the largest value
 
@@ -45,7 +49,7 @@ def fuse(model: Any, wanted: Sequence[str]) -> str:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "fused: nothing, as parameters lie in pieces (ZeRO-3) that only the layers' own forward gathers"
     done, left = [], []
-    for name in wanted:
+    for name in [kind for kind in KINDS if kind in wanted]:
         layers, fused = layers_of(model, name), KINDS[name][1]
         examples = {type(layer): layer for layer in layers}.values()
         if wrong := [type(layer).__name__ for layer in examples if not same(layer, fused)]:
@@ -83,11 +87,16 @@ def same(layer: Any, fused: Callable[[Any], Any]) -> bool:
         finally:
             layer.__class__ = was
     allowed = TOLERANCE.get(x.dtype, 0.0)
-    return all(float((a - b).abs().max()) <= allowed * float(a.abs().max()) for a, b in zip(before, after, strict=True))
+    if before[0] is not after[0]:
+        return False
+    return all(
+        float((a - b).abs().max()) <= allowed * float(a.abs().max()) for a, b in zip(before[1:], after[1:], strict=True)
+    )
 
 
 def _width(layer: Any, first: torch.Tensor) -> int:
     """How many numbers a token has where it enters the layer."""
+    layer = getattr(layer, "self_attn", layer)
     entry = getattr(layer, "q_proj", None) or getattr(layer, "gate_proj", None) or layer
     return getattr(entry, "in_features", None) or len(first)
 
@@ -98,6 +107,7 @@ def _whole_documents(layer: Any, x: torch.Tensor, draw: torch.Generator) -> Iter
 
     Within, it attends to them on this rank alone, whatever the run has chosen. Other layers are told nothing.
     """
+    layer = getattr(layer, "self_attn", layer)
     if not is_rotary(layer):
         yield {}
         return
@@ -110,13 +120,16 @@ def _whole_documents(layer: Any, x: torch.Tensor, draw: torch.Generator) -> Iter
         layer.config._attn_implementation = chosen
 
 
-def _both_ways(layer: Any, x: torch.Tensor, more: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and gradient of the input, for an upstream gradient that differs everywhere; parameters get none."""
+def _both_ways(layer: Any, x: torch.Tensor, more: dict[str, Any]) -> tuple[type, torch.Tensor, torch.Tensor]:
+    """What kind of thing comes out, the output in it, and the gradient of the input; parameters get none.
+
+    The upstream gradient differs everywhere.
+    """
     x = x.clone().requires_grad_()
     with torch.enable_grad(), torch.random.fork_rng():  # dropout draws the same both times, and nothing from the run
         torch.manual_seed(0)
-        y = layer(x, **more)
-        y = y[0] if isinstance(y, tuple) else y  # attention returns its weights too, or None
+        out = layer(x, **more)
+        y = out[0] if isinstance(out, tuple) else out  # attention returns its weights too, or None
         upstream = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y).to(y.dtype)
         (dx,) = torch.autograd.grad(y, x, upstream)
-    return y.detach().float(), dx.float()
+    return type(out), y.detach().float(), dx.float()

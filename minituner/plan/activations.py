@@ -100,8 +100,8 @@ class Paper:
         self.flops: ModelFlops = model_flops(model, flows_to_embedding=checkpointing and recipe.method.name != "full")
         self.mode = FakeTensorMode()
         if not (recipe.distributed.zero or "").startswith("zero3"):
-            for kind in recipe.train.fused:  # as in a run, without the proof, which needs numbers
-                replace_classes(layers_of(model, kind), KINDS[kind][1])
+            for kind in [name for name in KINDS if name in recipe.train.fused]:  # as in a run, without the proof,
+                replace_classes(layers_of(model, kind), KINDS[kind][1])  # which needs numbers
         _to_fake(model, self.mode)
         model.config.use_cache = False
         self.model = model.train()

@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "without fused swiglu": (["train.fused=[lora, norm, rotary]"], {}),
     "without fused norm": (["train.fused=[lora, swiglu, rotary]"], {}),
     "without fused rotary": (["train.fused=[lora, swiglu, norm]"], {}),
+    "without fused layer": (["train.fused=[lora, swiglu, norm, rotary]"], {}),
     "nothing fused": (["train.fused=[]"], {}),
     "without shared prefixes": (["train.share_prefixes=false"], {}),
     "without cut tails": (["train.cut_tails=false"], {}),

@@ -25,6 +25,7 @@ from tests.promises.common import TOLERANCE, documents, gradients, largest_diffe
 from tests.tiny import tiny_model, tiny_recipe
 
 ALL = list(KINDS)
+PARTS = [kind for kind in ALL if kind != "layer"]  # which is made of the others (test_fused_layer.py)
 
 
 def with_adapter(**options: Any) -> Any:
@@ -55,7 +56,7 @@ def assert_same(one: Any, other: Any) -> None:
     assert largest_difference(grads, expected_grads) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kinds", [[kind] for kind in ALL] + [ALL])
+@pytest.mark.parametrize("kinds", [[kind] for kind in PARTS] + [PARTS, ALL])
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"target_modules": ["v_proj", "down_proj"]}])
 def test_a_fused_model_has_the_same_loss_and_gradients(kinds: list[str], options: dict[str, Any]) -> None:
     plain = with_adapter(**options)
@@ -212,7 +213,7 @@ def test_a_block_is_one_function_where_all_three_layers_are_fused(
     options: dict[str, Any], whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = with_adapter(**options)
-    fuse(model, ALL)
+    fuse(model, PARTS)
     taken: list[str] = []
     for kind in (LoraSwiglu, SiluProduct):
         original = kind.forward
@@ -229,7 +230,7 @@ def test_a_block_is_one_function_where_all_three_layers_are_fused(
 def test_a_long_row_goes_through_a_block_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = with_adapter()
     fused = copy.deepcopy(plain)
-    fuse(fused, ALL)
+    fuse(fused, PARTS)
     rows: list[int] = []
     original = LoraSwiglu.forward
 
@@ -285,7 +286,7 @@ def test_four_bit_layers_are_fused_and_equal(tmp_path: Path, model_folder: Path)
                 torch.nn.init.normal_(parameter, std=0.05)
         models.append(model)
     plain, fused = models
-    assert fuse(fused, ALL) == "fused: 14 lora, 2 swiglu, 5 norm, 2 rotary"
+    assert fuse(fused, ALL) == "fused: 14 lora, 2 swiglu, 5 norm, 2 rotary, 2 layer"
     assert_same(fused, plain)
 
 
@@ -302,7 +303,7 @@ def test_a_run_is_the_same_with_and_without(model_folder: Path, chats: Path, tmp
         assert [
             line
             for line in said
-            if line.startswith("fused: 14 lora, 2 swiglu, 5 norm, 2 rotary" if fused else "fused: no")
+            if line.startswith("fused: 14 lora, 2 swiglu, 5 norm, 2 rotary, 2 layer" if fused else "fused: no")
         ]
     assert losses[len(ALL)] == pytest.approx(losses[0], rel=TOLERANCE)
 

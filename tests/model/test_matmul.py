@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minituner.model import matmul
+from minituner.model.fused import KINDS
 from minituner.model.matmul import choose_matmul, products_for
 from minituner.train.loop import train
 from tests.tiny import tiny_recipe
@@ -154,7 +155,7 @@ def test_what_onednn_cannot_take_goes_to_blas() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fused", [["lora"], ["lora", "swiglu", "norm", "rotary"]], ids=["lora", "all"])
+@pytest.mark.parametrize("fused", [["lora"], list(KINDS)], ids=["lora", "all"])
 def test_a_run_is_the_same_with_either(fused: list[str], model_folder: Path, chats: Path, tmp_path: Path) -> None:
     runs, calls = {}, {}
     for name in ("blas", "onednn"):

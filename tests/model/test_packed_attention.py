@@ -131,9 +131,9 @@ def test_another_document_changes_exactly_nothing(short: int, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("sections", "used"),
     [
-        ({}, True),
+        ({"train": {"fused": ["lora", "rotary"]}}, True),
         ({"train": {"fused": ["lora", "norm"]}}, False),
-        ({"data": {"packing": "none"}, "model": {"attention": "sdpa"}}, False),
+        ({"data": {"packing": "none"}, "model": {"attention": "sdpa"}, "train": {"fused": ["lora", "rotary"]}}, False),
     ],
 )
 def test_fused_rotary_layers_use_it_where_documents_are_attended_to_one_by_one(
