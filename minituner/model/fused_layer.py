@@ -5,9 +5,8 @@
     norm, feed-forward, sum: a module or a node each    the same functions, forward and back, called by this one
 
 What a layer computes and keeps is what its parts compute and keep (fused_norm.py, fused_lora.py, fused_rotary.py,
-packed_attention.py, fused_swiglu.py); the two sums are made in place. What is saved is what happens between the parts:
-calls of modules, autograd's nodes, a copy of its list of inputs for each. On a CPU whose caches are full of weights
-that is 2 ms a layer whatever is in the pack, so short packs gain most (assets/benchmarks/README.md).
+packed_attention.py, fused_swiglu.py). What is saved is what happens between the parts: calls of modules, autograd's
+nodes, and a new tensor for each sum of states or of gradients, made in place here. Gains: assets/benchmarks/README.md.
 
 Only where every part would take its own fused way, in float32 on a CPU: all four kinds are fused, every linear layer is
 frozen base + one adapter, documents attend alone, and nobody listens to or replaces what is inside (hooks, a compiled
@@ -22,22 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from minituner.model.fused_lora import Part, a_and_b, parts_of, product_gradients, products
+from minituner.model.fused_lora import Part, a_and_b, has_listeners, parts_of, product_gradients, products
 from minituner.model.fused_norm import norm_gradient, normed
 from minituner.model.fused_rotary import attends_at_once, attention_of, is_rotary, rotated, rotates_here
 from minituner.model.fused_swiglu import is_swiglu, rows_at_a_time, swiglu, swiglu_gradients
 from minituner.model.packed_attention import Piece, attended, attention_gradients, pieces
 
 CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-# What makes a call of a module more than its class's forward: a replaced forward, hooks, a compiled call.
-LISTENERS = (
-    "forward",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_compiled_call_impl",
-)
 
 
 class Told(NamedTuple):
@@ -162,7 +152,7 @@ def told_of(layer: Any, x: torch.Tensor, kwargs: Mapping[str, Any]) -> Told | No
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     if any(norm.weight.dtype != x.dtype for norm in norms):
         return None
-    if any(child.__dict__.get(name) for child in (*norms, attention, block) for name in LISTENERS):
+    if any(map(has_listeners, (*norms, attention, block))):
         return None
     qkv = parts_of((attention.q_proj, attention.k_proj, attention.v_proj), x)
     o = parts_of((attention.o_proj,), x)

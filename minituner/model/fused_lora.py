@@ -27,6 +27,16 @@ from torch.autograd.function import once_differentiable
 
 from minituner.model.matmul import products_for
 
+# What makes a call of a module more than its class's forward: a replaced forward, hooks, a compiled call.
+LISTENERS = (
+    "forward",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_compiled_call_impl",
+)
+
 
 class Part(NamedTuple):
     """One layer: y = x W^T + b + s (x A^T) B^T; W (out, in) or its 4-bit form, b (out,), A (r, in), B (out, r)."""
@@ -173,11 +183,20 @@ def parts_of(layers: Sequence[Any], x: torch.Tensor) -> list[Part] | None:
     return parts
 
 
+def has_listeners(module: Any) -> bool:
+    """True if calling this module is more than its class's forward, so that a function must not do without the call."""
+    state = module.__dict__
+    return any(state.get(name) for name in LISTENERS)
+
+
 def part_of(layer: Any, dtype: torch.dtype) -> Part | None:
     """The layer, if its call with x of this type is base + scaled product of the one active adapter and nothing else.
 
-    Asked at every call, since peft merges, disables and switches adapters in place; so everything is read once.
+    Asked at every call, since peft merges, disables and switches adapters in place, and hooks come and go; so
+    everything is read once. Layers that share a function are not called themselves: who listens to one is heard here.
     """
+    if has_listeners(layer):
+        return None
     active, adapters_a = layer.active_adapters, layer.lora_A
     if layer.disable_adapters or layer.merged or len(active) != 1:
         return None

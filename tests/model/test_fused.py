@@ -227,6 +227,18 @@ def test_a_block_is_one_function_where_all_three_layers_are_fused(
     assert taken == ["LoraSwiglu" if whole else "SiluProduct"] * 2
 
 
+@pytest.mark.parametrize("kinds", [PARTS, ALL], ids=["parts", "layer"])
+@pytest.mark.parametrize("place", ["self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_who_listens_to_a_layer_that_shares_a_function_is_heard(place: str, kinds: list[str]) -> None:
+    plain = with_adapter()
+    fused = copy.deepcopy(plain)
+    fuse(fused, kinds)
+    for model in (plain, fused):
+        layer = model.get_submodule(f"base_model.model.model.layers.1.{place}")
+        layer.register_forward_hook(lambda layer, given, out: out * 1.5)
+    assert_same(fused, plain)
+
+
 def test_a_long_row_goes_through_a_block_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = with_adapter()
     fused = copy.deepcopy(plain)
