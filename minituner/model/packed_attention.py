@@ -14,8 +14,9 @@ Where documents share a beginning (data/prefixes.py), its keys and values are re
     a long one           the CPU kernel behind torch's scaled_dot_product_attention; queries of a shared beginning run
                          along (the kernel wants as many as keys), with gradients of 0
 
-The numbers are per_document_sdpa's up to rounding (1e-5, tested). Used by fused rotary layers (fused_rotary.py) in
-float32 on a CPU, where gradients are wanted. Gains: assets/benchmarks/README.md. Lesson: notebook 06.
+The numbers are per_document_sdpa's up to rounding (1e-5, tested). Used by fused rotary layers (fused_rotary.py,
+fused_layer.py) in float32 on a CPU, where gradients are wanted. Gains: assets/benchmarks/README.md.
+Lesson: notebook 06.
 """
 
 from __future__ import annotations
