@@ -49,7 +49,7 @@ def fuse(model: Any, wanted: Sequence[str]) -> str:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "fused: nothing, as parameters lie in pieces (ZeRO-3) that only the layers' own forward gathers"
     done, left = [], []
-    for name in [kind for kind in KINDS if kind in wanted]:
+    for name in in_order(wanted):
         layers, fused = layers_of(model, name), KINDS[name][1]
         examples = {type(layer): layer for layer in layers}.values()
         if wrong := [type(layer).__name__ for layer in examples if not same(layer, fused)]:
@@ -59,6 +59,11 @@ def fuse(model: Any, wanted: Sequence[str]) -> str:
             done.append(f"{len(layers)} {name}")
     text = f"fused: {', '.join(done) or 'nothing'}"
     return text + (f"; left alone: {', '.join(left)}" if left else "")
+
+
+def in_order(wanted: Sequence[str]) -> list[str]:
+    """The kinds named in `wanted` as they are fused one after another."""
+    return [kind for kind in KINDS if kind in wanted]
 
 
 def layers_of(model: Any, name: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A decoder layer as one function: the fused parts one after another, with one node of autograd's instead of twenty
+"""A decoder layer as one function: the fused parts one after another, with one node of autograd's instead of twenty.
 
     autograd, part by part                              one function
     norm, q k v, rotation, attention, o, sum,           x  ->  y = x + o(attention(norm(x)))  ->  y + swiglu(norm(y))
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from minituner.model.fused_lora import Part, a_and_b, has_listeners, parts_of, product_gradients, products
+from minituner.model.fused_lora import Part, a_and_b, fused_class, has_listeners, parts_of, product_gradients, products
 from minituner.model.fused_norm import norm_gradient, normed
 from minituner.model.fused_rotary import attends_at_once, attention_of, is_rotary, rotated, rotates_here
 from minituner.model.fused_swiglu import is_swiglu, rows_at_a_time, swiglu, swiglu_gradients
@@ -133,9 +133,7 @@ def fused_layer(kind: Any) -> Any:
             return kind.forward(self, hidden_states, *args, **kwargs)
         return LoraLayer.apply(told, hidden_states, *told.adapters)
 
-    return type(
-        kind.__name__, (kind,), {"forward": forward, "fused": True, "__doc__": kind.__doc__, "__module__": __name__}
-    )
+    return fused_class(kind, forward)
 
 
 def told_of(layer: Any, x: torch.Tensor, kwargs: Mapping[str, Any]) -> Told | None:

@@ -19,7 +19,7 @@ and switching adapters work as before. Source: the idea is Unsloth's (fast_lora.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -165,9 +165,7 @@ def fused_lora(kind: Any) -> Any:
             return kind.forward(self, x, *args, **kwargs)
         return LoraProduct.apply(parts, x, *a_and_b(parts))[0]
 
-    return type(
-        kind.__name__, (kind,), {"forward": forward, "fused": True, "__doc__": kind.__doc__, "__module__": __name__}
-    )
+    return fused_class(kind, forward)
 
 
 def parts_of(layers: Sequence[Any], x: torch.Tensor) -> list[Part] | None:
@@ -181,6 +179,12 @@ def parts_of(layers: Sequence[Any], x: torch.Tensor) -> list[Part] | None:
             return None
         parts.append(part)
     return parts
+
+
+def fused_class(kind: Any, forward: Callable[..., Any]) -> Any:
+    """A subclass of a layer's class `kind` of the same name that computes by `forward` and says that it is fused."""
+    names = {"forward": forward, "fused": True, "__doc__": kind.__doc__, "__module__": forward.__module__}
+    return type(kind.__name__, (kind,), names)
 
 
 def has_listeners(module: Any) -> bool:

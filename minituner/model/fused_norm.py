@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from minituner.model.fused_lora import fused_class
+
 
 class RmsNorm(torch.autograd.Function):
     """x / rms(x) * weight over the last dimension, float32."""
@@ -66,6 +68,4 @@ def fused_norm(kind: Any) -> Any:
             return kind.forward(self, hidden_states)
         return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
-    return type(
-        kind.__name__, (kind,), {"forward": forward, "fused": True, "__doc__": kind.__doc__, "__module__": __name__}
-    )
+    return fused_class(kind, forward)

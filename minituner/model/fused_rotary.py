@@ -23,7 +23,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from minituner.model.attention_kernels import per_document_sdpa
-from minituner.model.fused_lora import LoraProduct, a_and_b, parts_of
+from minituner.model.fused_lora import LoraProduct, a_and_b, fused_class, parts_of
 from minituner.model.packed_attention import PackedAttention, pieces
 
 
@@ -105,9 +105,7 @@ def fused_rotary(kind: Any) -> Any:
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.flatten(2)), weights
 
-    return type(
-        kind.__name__, (kind,), {"forward": forward, "fused": True, "__doc__": kind.__doc__, "__module__": __name__}
-    )
+    return fused_class(kind, forward)
 
 
 def attention_of(layer: Any) -> Any:

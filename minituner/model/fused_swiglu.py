@@ -20,7 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minituner.model.fused_lora import Part, a_and_b, parts_of, product_gradients, products, saved_parts
+from minituner.model.fused_lora import Part, a_and_b, fused_class, parts_of, product_gradients, products, saved_parts
 
 PIECE = 2**24  # bytes of gate, and of up, at a time on a CPU: 2,730 tokens of SmolLM2 in float32
 
@@ -115,6 +115,4 @@ def fused_swiglu(kind: Any) -> Any:
         done = [LoraSwiglu.apply(parts, piece, *a_and_b(parts)) for piece in pieces]
         return (done[0] if len(done) == 1 else torch.cat(done)).view(x.shape)
 
-    return type(
-        kind.__name__, (kind,), {"forward": forward, "fused": True, "__doc__": kind.__doc__, "__module__": __name__}
-    )
+    return fused_class(kind, forward)

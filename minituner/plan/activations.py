@@ -36,7 +36,7 @@ from minituner.errors import MinitunerError
 from minituner.model import attention
 from minituner.model.adapters import QUANTIZED, apply_method
 from minituner.model.attention import packed_kwargs
-from minituner.model.fused import KINDS, layers_of, replace_classes
+from minituner.model.fused import KINDS, in_order, layers_of, replace_classes
 from minituner.model.head import Head
 from minituner.model.loss import loss_at
 from minituner.plan.experts import GroupedProducts, idle_parameters
@@ -100,8 +100,8 @@ class Paper:
         self.flops: ModelFlops = model_flops(model, flows_to_embedding=checkpointing and recipe.method.name != "full")
         self.mode = FakeTensorMode()
         if not (recipe.distributed.zero or "").startswith("zero3"):
-            for kind in [name for name in KINDS if name in recipe.train.fused]:  # as in a run, without the proof,
-                replace_classes(layers_of(model, kind), KINDS[kind][1])  # which needs numbers
+            for kind in in_order(recipe.train.fused):  # as in a run, without the proof, which needs numbers
+                replace_classes(layers_of(model, kind), KINDS[kind][1])
         _to_fake(model, self.mode)
         model.config.use_cache = False
         self.model = model.train()

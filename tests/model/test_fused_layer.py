@@ -198,7 +198,7 @@ def test_an_adapter_that_changes_before_the_backward_pass_is_refused() -> None:
         loss.backward()
 
 
-def test_nothing_is_computed_for_what_stands_before_the_first_adapter(taken: list[int]) -> None:
+def test_nothing_is_computed_for_what_stands_before_the_first_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedding is frozen: the first layer's backward pass ends at its adapters."""
     model = with_adapter()
     fuse(model, ALL)
@@ -211,11 +211,8 @@ def test_nothing_is_computed_for_what_stands_before_the_first_adapter(taken: lis
         assert (found[1] is not None) == asked[-1]
         return found
 
-    LoraLayer.backward = staticmethod(backward)
-    try:
-        loss_and_gradients(model)
-    finally:
-        LoraLayer.backward = staticmethod(original)
+    monkeypatch.setattr(LoraLayer, "backward", staticmethod(backward))
+    loss_and_gradients(model)
     assert asked == [True, False]
 
 
