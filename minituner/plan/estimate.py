@@ -124,7 +124,7 @@ def estimate(
     Raises:
         UsageError: settings that contradict each other. SourceError: the model's config cannot be had.
     """
-    from minituner.plan.remedies import QUANTIZED, remedies
+    from minituner.plan.remedies import QUANTIZED, fewer_passes, remedies
 
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     chosen = find_card(card) if card else None
@@ -156,6 +156,8 @@ def estimate(
     if limit is not None and sum(parts.values()) > HEADROOM * limit:
         changes = remedies(plans, recipe, work.fullest, HEADROOM * limit)
     notes = [work.note] if work.note else []
+    if limit is not None:
+        notes += fewer_passes(plans, recipe, work.fullest, HEADROOM * limit)
     if sizes.idle and recipe.method.name in QUANTIZED:
         notes.append(
             f"{recipe.method.name} quantises linear layers; a mixture's experts are stacks, and stay as they are"

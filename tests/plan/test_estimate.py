@@ -22,6 +22,8 @@ from minituner.model.loading import load_model
 from minituner.model.packed_attention import SHORT
 from minituner.plan.activations import PHASES, Paper, _Alive, _notices_gradients
 from minituner.plan.cards import CARDS, find_card, parse_bytes
+from minituner.plan.estimate import HEADROOM
+from minituner.plan.estimate_text import size
 from minituner.plan.experts import idle_parameters
 from tests.catalog.test_native_architectures import tiny as mixture
 from tests.tiny import tiny_model, tiny_recipe
@@ -263,6 +265,48 @@ def test_a_change_that_fits_leads_to_a_plan_that_fits(model_folder: Path, chats:
     assert again.fits
     assert again.peak_bytes == pytest.approx(plan.cheapest.peak_bytes)
     assert "next: minituner train RECIPE train.activation_checkpointing=true" in str(plan).replace("\n", " ")
+
+
+def test_short_rows_are_told_how_to_make_the_same_steps_in_fewer_passes(
+    model_folder: Path, chats: Path, own_home: Path
+) -> None:
+    recipe = tiny_recipe(model_folder, chats, train={"gradient_accumulation_steps": 4})
+    plan = estimate(recipe, device="cpu")
+    (note,) = plan.notes
+    overrides = [word for word in note.split() if word.startswith("train.")]
+    assert overrides == ["train.per_device_batch_size=4", "train.gradient_accumulation_steps=1"]
+    again = estimate(Recipe.from_values(recipe.model_dump(mode="json"), "again", overrides), device="cpu")
+    assert not again.notes
+    assert again.workload.steps == plan.workload.steps
+    assert again.workload.tokens == plan.workload.tokens
+    assert f"in {size(again.peak_bytes)} of memory" in note, "the packs are equally full"
+    assert again.peak_bytes > plan.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"train": {"gradient_accumulation_steps": 3}}, {"device": "cpu"}),
+        ({"data": {"packing": "none"}}, {"device": "cpu"}),
+        ({}, {"gpu_memory": "1TB", "device": "cuda"}),
+    ],
+    ids=["nothing to divide", "documents alone", "a GPU"],
+)
+def test_short_rows_are_left_alone(
+    changes: dict[str, Any], options: dict[str, Any], model_folder: Path, chats: Path, own_home: Path
+) -> None:
+    values = {"train": {"gradient_accumulation_steps": 4}, **changes}
+    assert not [n for n in estimate(tiny_recipe(model_folder, chats, **values), **options).notes if "short" in n]
+
+
+def test_short_rows_are_left_alone_where_longer_ones_would_not_fit(
+    model_folder: Path, chats: Path, own_home: Path
+) -> None:
+    recipe = tiny_recipe(model_folder, chats, train={"gradient_accumulation_steps": 4})
+    just_enough = int(estimate(recipe, device="cpu").peak_bytes / HEADROOM) + 1
+    plan = estimate(recipe, device="cpu", gpu_memory=just_enough)
+    assert plan.fits
+    assert not plan.notes
 
 
 @pytest.mark.slow
