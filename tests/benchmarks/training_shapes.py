@@ -10,7 +10,8 @@
 Packing saves what padding wastes, so its speed-up is near 1 / fill: large on data of very different lengths, none on
 data of equal ones. Both are measured, and the fill stands beside each. In `lengths` every document has 256 tokens, so
 the work of a token is the same in a pack of 512 and of 8,192; `block_mask` is transformers' SDPA with one mask for the
-whole row, whose cost grows with the square of the row. One process, one model, kinds in turns. Not a test: minutes.
+whole row, whose cost grows with the square of the row; `two_packs` is train.per_device_batch_size=2, for packs that are
+too short to be worth a pass over all weights. One process, one model, kinds in turns. Not a test: minutes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from minituner.train.run import Run, set_up
 PACK, BATCH = 1024, 4
 DOCUMENT = 256  # tokens of every document where all are equal
 SIZES = (512, 1024, 2048, 4096, 8192)
+MOST_TWO_PACKS = 512
 MOST_BLOCK_MASK = 2048  # longer rows under one mask cost more than the rest of the measurement
 
 
@@ -76,7 +79,13 @@ def padded_loss(run: Run, documents: Sequence[Document]) -> torch.Tensor:
     return run.head.loss_sum(hidden[:, :-1][keep], targets[keep])
 
 
-LOSSES = {"packed": packed_loss, "block_mask": block_mask_loss, "padded": padded_loss, "grouped": padded_loss}
+LOSSES = {
+    "packed": packed_loss,
+    "two_packs": packed_loss,
+    "block_mask": block_mask_loss,
+    "padded": padded_loss,
+    "grouped": padded_loss,
+}
 
 
 def timed(run: Run, kind: str, batches: Sequence[Sequence[Document]]) -> tuple[float, float]:
@@ -94,6 +103,11 @@ def in_rows(documents: Sequence[Document], most: int) -> list[list[Document]]:
     """Best-fit packs."""
     plan = pack([len(ids) for ids, _ in documents], most, "best_fit")
     return [[documents[i] for i in plan[n]] for n in range(len(plan))]
+
+
+def two_together(packs: Sequence[list[Document]]) -> list[list[Document]]:
+    """Packs two by two, in one row: what a micro-batch of two packs is (data/collate.py)."""
+    return [list(chain(*packs[i : i + 2])) for i in range(0, len(packs), 2)]
 
 
 def in_batches(documents: Sequence[Document], among: int) -> list[list[Document]]:
@@ -150,20 +164,24 @@ def measure_padded(run: Run, documents: list[Document], rounds: int, count: int)
 
 
 def measure_lengths(run: Run, documents: list[Document], rounds: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """The same documents in packs of several sizes, per document and with one mask for the whole row.
+    """The same documents in packs of several sizes: one at a time, short ones two at a time, under one mask for a row.
 
     Rates are those of the fastest round after the first, which warms up.
     """
     longest = max(sizes)
     some = equal_documents(documents, longest // DOCUMENT)
-    kinds = [("packed", n) for n in sizes] + [("block_mask", n) for n in sizes if n <= MOST_BLOCK_MASK]
+    kinds = [("packed", n) for n in sizes]
+    kinds += [("two_packs", n) for n in sizes if n <= MOST_TWO_PACKS and 2 * n <= longest]
+    kinds += [("block_mask", n) for n in sizes if n <= MOST_BLOCK_MASK]
     rows = {kind: [] for kind in kinds}
     timed(run, "packed", [some[:2]])  # the first step of a process takes its memory from the system
     for number in range(rounds):
         for kind, size in kinds[:: (-1) ** number]:  # there and back, so that nobody always comes first
             if kind == "block_mask" and number > 1:  # one counted round of the slow ones shows where they go
                 continue
-            rows[kind, size].append(timed(run, kind, in_rows(some, size)))
+            packs = in_rows(some, size)
+            together = two_together(packs) if kind == "two_packs" else packs
+            rows[kind, size].append(timed(run, kind, together))
             print(f"{kind} {size}: {rows[kind, size][-1][0]:.2f} s", file=sys.stderr, flush=True)
     # The least: half a minute each, of which whatever else the machine does only takes away.
     seconds = {key: min(seconds for seconds, _ in many[1:] or many) for key, many in rows.items()}
@@ -191,10 +209,14 @@ def draw(figures: dict[str, Any], file: Path) -> None:
 
     figure = new_figure(6, 3.2)
     axes = figure.subplots()
-    names = {"packed": "minituner: one attention call per document", "block_mask": "one mask for the whole row (SDPA)"}
+    names = {
+        "packed": "minituner: one attention call per document",
+        "two_packs": "the same, two packs a micro-batch",
+        "block_mask": "one mask for the whole row (SDPA)",
+    }
     for number, (kind, rates) in enumerate(figures["tokens_per_second"].items()):
         sizes = [int(size) for size in rates]
-        axes.plot(sizes, list(rates.values()), "os"[number] + "-", color=PALETTE[number], label=names[kind])
+        axes.plot(sizes, list(rates.values()), "oDs"[number] + "-", color=PALETTE[number], label=names[kind])
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes_of(figures), [f"{n:,}" for n in sizes_of(figures)])
     axes.set_ylim(bottom=0)
