@@ -12,6 +12,7 @@ Lesson: notebook 04.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,20 @@ def prefixes_proved(model: torch.nn.Module, states: States, device: torch.device
         every = states(row.to(device))
         once = states(shared.to(device))[shared.prefixes.rows.to(device)]
     return _same(once, every)
+
+
+def limits_of_length(config: Any) -> list[tuple[str, int]]:
+    """Kinds of position embedding that turn every token otherwise once a row has a document of more tokens than this.
+
+    They choose the frequencies by the largest position they see, so all of them must be there.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    return [
+        (kind["rope_type"], kind.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
 
 
 @torch.no_grad()

@@ -21,7 +21,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from minituner.model.fused_lora import Part, a_and_b, fused_class, has_listeners, parts_of, product_gradients, products
+from minituner.model.fused_lora import (
+    Part,
+    a_and_b,
+    fused_class,
+    has_listeners,
+    parts_of,
+    product_gradients,
+    products,
+    shaped,
+)
 from minituner.model.fused_norm import norm_gradient, normed
 from minituner.model.fused_rotary import attends_at_once, attention_of, is_rotary, rotated, rotates_here
 from minituner.model.fused_swiglu import is_swiglu, rows_at_a_time, swiglu, swiglu_gradients
@@ -74,7 +83,7 @@ class LoraLayer(torch.autograd.Function):
         first = (x, r_before) if ctx.needs_input_grad[1] else (None, None)  # for the gradient of x only
         rest = (before, h_qkv, q, k, v, out, h_o, y, r_between, between)
         ctx.save_for_backward(*first, *rest, *weights, *of_block, *adapters)
-        return z.add_(y)[None]
+        return shaped(z.add_(y), (1, *z.shape))
 
     @staticmethod
     @once_differentiable
@@ -150,7 +159,7 @@ def told_of(layer: Any, x: torch.Tensor, kwargs: Mapping[str, Any]) -> Told | No
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     if any(norm.weight.dtype != x.dtype for norm in norms):
         return None
-    if any(map(has_listeners, (*norms, attention, block))):
+    if any(map(has_listeners, (*norms, attention, block, block.act_fn))):
         return None
     qkv = parts_of((attention.q_proj, attention.k_proj, attention.v_proj), x)
     o = parts_of((attention.o_proj,), x)

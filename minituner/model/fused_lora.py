@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from minituner.model.matmul import products_for
 
@@ -68,7 +69,7 @@ class LoraProduct(torch.autograd.Function):
         ys, h = products(flat, parts)
         ctx.save_for_backward(flat, h, *(part.weight for part in parts), *a_and_b(parts))
         ctx.parts, ctx.shape = [(part.bias, part.scale, part.quantization) for part in parts], x.shape
-        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        return tuple(shaped(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
 
     @staticmethod
     @once_differentiable
@@ -79,6 +80,14 @@ class LoraProduct(torch.autograd.Function):
         dys = tuple(dy.reshape(-1, dy.shape[-1]) for dy in dys)
         dx, adapters = product_gradients(dys, flat, h, parts, wants_dx=ctx.needs_input_grad[1])
         return None, None if dx is None else dx.view(ctx.shape), *adapters
+
+
+def shaped(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """y in another shape, for a function that returns it: autograd lets nobody change a view from there in place.
+
+    Some models do (OLMo clamps its queries). y itself must not be used any more.
+    """
+    return torch.ops.aten._unsafe_view(y, shape)
 
 
 def products(x: torch.Tensor, parts: Sequence[Part]) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -170,7 +179,7 @@ def fused_lora(kind: Any) -> Any:
 
 def parts_of(layers: Sequence[Any], x: torch.Tensor) -> list[Part] | None:
     """What `LoraProduct` needs of layers that all read x; None unless every one is fused and does nothing else."""
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or _has_any_global_hook():
         return None
     parts = []
     for layer in layers:
@@ -199,8 +208,6 @@ def part_of(layer: Any, dtype: torch.dtype) -> Part | None:
     Asked at every call, since peft merges, disables and switches adapters in place, and hooks come and go; so
     everything is read once. Layers that share a function are not called themselves: who listens to one is heard here.
     """
-    if has_listeners(layer):
-        return None
     active, adapters_a = layer.active_adapters, layer.lora_A
     if layer.disable_adapters or layer.merged or len(active) != 1:
         return None
@@ -208,6 +215,8 @@ def part_of(layer: Any, dtype: torch.dtype) -> Part | None:
     if name not in adapters_a or name in layer.lora_variant:
         return None
     layer_a, layer_b, base = adapters_a[name], layer.lora_B[name], layer.base_layer
+    if any(map(has_listeners, (layer, base, layer_a, layer_b))):
+        return None
     if layer_a.bias is not None or layer_b.bias is not None:
         return None
     if not isinstance(layer.lora_dropout[name], torch.nn.Identity):

@@ -26,6 +26,9 @@ from minituner.model.attention_kernels import per_document_sdpa
 from minituner.model.fused_lora import LoraProduct, a_and_b, fused_class, parts_of
 from minituner.model.packed_attention import PackedAttention, pieces
 
+# What attention may be told; more (Ministral 3: position_ids) is more than a rotation.
+TOLD = {"self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "cache_position", "kwargs"}
+
 
 class Rotation(torch.autograd.Function):
     """Turn each pair (x_i, x_{i + D/2}) by its token's angle; query and key, which turn alike, in one call."""
@@ -65,11 +68,17 @@ def is_rotary(module: Any) -> bool:
     names = {name for name, _ in module.named_children()}
     if names != {"q_proj", "k_proj", "v_proj", "o_proj"}:
         return False
-    told = "position_embeddings" in inspect.signature(type(module).forward).parameters
-    if not told or not all(hasattr(module, name) for name in ("head_dim", "scaling", "attention_dropout", "config")):
+    told = set(inspect.signature(type(module).forward).parameters)
+    if (
+        "position_embeddings" not in told
+        or not told <= TOLD
+        or not all(hasattr(module, name) for name in ("head_dim", "scaling", "attention_dropout", "config"))
+    ):
         return False
     more = [getattr(module, name, None) for name in ("sliding_window", "attn_logit_softcapping", "sinks")]
-    return all(value is None for value in [*more, getattr(module.config, "sliding_window", None)])
+    # OLMo's clip_qkv is a limit beyond what the x of a proof reaches.
+    more += [getattr(module.config, name, None) for name in ("sliding_window", "clip_qkv")]
+    return all(value is None for value in more)
 
 
 def fused_rotary(kind: Any) -> Any:
@@ -85,9 +94,8 @@ def fused_rotary(kind: Any) -> Any:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attend = attention_of(self) if past_key_values is None else None
         if attend is None or not rotates_here(self, hidden_states, position_embeddings):
-            return kind.forward(
-                self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
-            )
+            kwargs.update(attention_mask=attention_mask, past_key_values=past_key_values)  # not all have Llama's order
+            return kind.forward(self, hidden_states, position_embeddings=position_embeddings, **kwargs)
         layers = (self.q_proj, self.k_proj, self.v_proj)
         parts = parts_of(layers, hidden_states)
         if parts is None:

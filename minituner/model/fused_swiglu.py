@@ -20,7 +20,17 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minituner.model.fused_lora import Part, a_and_b, fused_class, parts_of, product_gradients, products, saved_parts
+from minituner.model.fused_lora import (
+    Part,
+    a_and_b,
+    fused_class,
+    has_listeners,
+    parts_of,
+    product_gradients,
+    products,
+    saved_parts,
+    shaped,
+)
 
 PIECE = 2**24  # bytes of gate, and of up, at a time on a CPU: 2,730 tokens of SmolLM2 in float32
 
@@ -53,7 +63,7 @@ class LoraSwiglu(torch.autograd.Function):
         y, kept = swiglu(flat, parts)
         ctx.save_for_backward(flat, *kept, *(part.weight for part in parts), *a_and_b(parts))
         ctx.parts, ctx.shape = [(part.bias, part.scale, part.quantization) for part in parts], x.shape
-        return y.view(x.shape)
+        return shaped(y, x.shape)
 
     @staticmethod
     @once_differentiable
@@ -106,7 +116,7 @@ def fused_swiglu(kind: Any) -> Any:
     """A subclass of a model's own block that keeps gate and up only, where gradients are wanted."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or has_listeners(self.act_fn):
             return kind.forward(self, x)
         parts = parts_of([self.gate_proj, self.up_proj, self.down_proj], x)
         if parts is None:

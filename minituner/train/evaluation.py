@@ -84,14 +84,13 @@ class Evaluation:
 
 
 @contextmanager
-@torch.no_grad()
 def untouched(model: Any) -> Iterator[None]:
     """Within: no dropout, no gradients. After it the model's mode and all random generators are as they were."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     was_training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):  # no_grad as a decorator would end at the yield
             yield
     finally:
         model.train(was_training)

@@ -25,7 +25,7 @@ from minituner.errors import MinitunerError, UsageError
 from minituner.model.adapters import apply_method, count_parameters
 from minituner.model.attention import FLASH, OURS, assert_isolated
 from minituner.model.compiled import compile_regions
-from minituner.model.fewer_tokens import prefixes_proved, tails_proved
+from minituner.model.fewer_tokens import limits_of_length, prefixes_proved, tails_proved
 from minituner.model.fingerprint import fingerprint
 from minituner.model.fused import fuse
 from minituner.model.generate import answer_text, generate
@@ -195,6 +195,10 @@ def cut_tails_of(run: Run) -> tuple[bool, str]:
         return False, "tails: computed like everything else (train.cut_tails=false)"
     if run.feed.parts > 1:
         return False, "tails: computed like everything else, as ranks share rows"
+    for kind, limit in limits_of_length(run.model.config.get_text_config()):
+        if run.recipe.data.max_length > limit:
+            why = f"its {kind} position embedding goes by a document's length beyond {limit} tokens"
+            return False, f"tails: computed like everything else, as {why}"
     packed = run.attention in (*OURS, *FLASH)
     if not tails_proved(run.model, partial(_states, run), run.engine.device, packed=packed):
         return False, "tails: computed like everything else, as this model looks ahead"

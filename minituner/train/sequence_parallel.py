@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from minituner.errors import MinitunerError, UsageError
 from minituner.model.attention import ULYSSES
+from minituner.model.fewer_tokens import limits_of_length
 from minituner.recipe import Recipe
 from minituner.train.launch import World
 from minituner.train.ranks import Ranks
@@ -126,14 +127,10 @@ def _problems_of_model(model: Any, size: int, max_length: int) -> list[str]:
         )
     if any(getattr(module, "sinks", None) is not None for module in model.modules()):
         problems.append("its attention has a learned sink for each head, which is not shared with the heads")
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]
-    for kind in (k for k in kinds if k.get("rope_type") in ("dynamic", "longrope")):
-        # These choose the frequencies by the largest position they see, and a slice does not see them all.
-        limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+    for kind, limit in limits_of_length(config):
         if max_length > limit:
             problems.append(
-                f"its {kind['rope_type']} position embedding changes where a document is longer than {limit} tokens,"
+                f"its {kind} position embedding changes where a document is longer than {limit} tokens,"
                 f" which not every slice can see: keep data.max_length ({max_length}) within {limit}"
             )
     return problems

@@ -97,17 +97,17 @@ def family(name: str, **changes: Any) -> Any:
     """A tiny model of another family with an adapter on it."""
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-        **changes,
-    )
+    shape = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "pad_token_id": 0,
+    }
+    config = getattr(transformers, f"{name}Config")(**{**shape, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     attention.register()

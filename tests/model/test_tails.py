@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from minituner import train
 from minituner.data.collate import Batch, collate
 from minituner.data.encoding import IGNORE
 from minituner.data.prefixes import share_prefixes
@@ -23,7 +26,7 @@ from minituner.recipe import MethodSection
 from tests.model.test_attention import ISOLATED, build, chosen
 from tests.model.test_shared_prefixes import same_runs
 from tests.promises.common import TOLERANCE, gradients, largest_difference
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_recipe
 
 
 def row_with_tails() -> Batch:
@@ -120,3 +123,23 @@ def test_a_run_learns_the_same(packing: str, model_folder: Path, own_home: Path,
     on, off = same_runs("cut_tails", "proved to change nothing", tmp_path, model_folder, packing=packing)
     assert all(line["computed_tokens"] < line["tokens"] for line in on.metrics)
     assert on.summary["model_flops"] < off.summary["model_flops"]
+
+
+@pytest.mark.parametrize(("limit", "cut"), [(127, False), (128, True)])
+def test_positions_that_go_by_a_documents_length_keep_the_tails(
+    limit: int, cut: bool, model_folder: Path, chats: Path, own_home: Path, tmp_path: Path
+) -> None:
+    """Dynamic scaling turns all tokens of a row otherwise once one document is longer than the limit."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (folder / "config.json").write_text(
+        json.dumps({**config, "rope_parameters": rope, "max_position_embeddings": limit})
+    )
+    said: list[str] = []
+    recipe = tiny_recipe(folder, chats, train={"max_steps": 1})
+    train(recipe, tmp_path / "w", progress=False, say=said.append)
+    (line,) = (line for line in said if line.startswith("tails: "))
+    expected = "proved to change nothing" if cut else f"goes by a document's length beyond {limit} tokens"
+    assert expected in line
