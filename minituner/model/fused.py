@@ -10,7 +10,7 @@
 not its parameters: names, checkpoints and adapters are the same files), and only after the proof on this very model
 that the two sides compute the same, forward and backward:
 
-    random x  ->  the layer as it was  ->  y, dx          equal to 1e-5 of their size, or the layer is left alone
+    random x  ->  the layer as it was  ->  y, dx          equal to 1e-4 of their size, or the layer is left alone
               ->  fused                ->  y, dx
 
 Every layer has its own proof, for layers of one class may differ (some rotate no positions, every fourth in SmolLM3).
@@ -44,6 +44,8 @@ KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
     "layer": (is_layer, fused_layer),
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative to the largest value
+# Of a layer alone: with trained weights and random states, rounding alone makes 1e-5 in some layers' attention.
+OF_A_LAYER = {**TOLERANCE, torch.float32: 1e-4}
 
 
 def fuse(model: Any, wanted: Sequence[str]) -> str:
@@ -122,7 +124,7 @@ def _same_at(layer: Any, fused: Callable[[Any], Any], scale: float) -> bool:
             after = _both_ways(layer, x * scale, more)
         finally:
             layer.__class__ = was
-    allowed = TOLERANCE.get(x.dtype, 0.0)
+    allowed = OF_A_LAYER.get(x.dtype, 0.0)
     if before[0] is not after[0]:
         return False
     return all(
